@@ -24,6 +24,7 @@ from unigen.commands import main as cli
 from unigen.document import Document, Segment
 from unigen.generators import next_token
 from unigen.models import convert, llamagen
+from unigen.utils.captions import clean_caption
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +96,7 @@ def test_words_are_made_plain() -> None:
         "what...a man : a plan": "what a man: a plan",
         "a state-of-the-art well-made boat": "a state of the art well made boat",
     }.items():
-        assert llamagen.clean_caption(said) == read
+        assert clean_caption(said) == read
 
 
 @pytest.mark.parametrize(
@@ -111,7 +112,7 @@ def test_words_are_made_plain() -> None:
     ],
 )
 def test_plus_signs_and_colons_as_the_official_code_has_them(said: str, read: str) -> None:
-    assert llamagen.clean_caption(said) == read
+    assert clean_caption(said) == read
 
 
 def wrapped(folder: Path, to: Path, wrap: Callable[[dict[str, Tensor]], Any]) -> Path:

@@ -1,16 +1,16 @@
-"""Models put together from parts: a language model of transformers, tokenizers and generators.
+"""Models assembled from parts: a language model of transformers, tokenizers and generators.
 
     model = build_from_config(LlamaConfig(...), text_tokenizer, image_tokenizer)      # random weights
     model = extend_vocabulary(lm, text_tokenizer, image_tokenizer)                    # a pretrained language model
-    model = add_generators(model, ["flow"], [head])                                   # further ways of writing pictures
+    model = add_generators(model, ["flow"], [head])                                   # further generators of pictures
 
-Each has the chat template of `unigen.model.chat_template`, and is saved and loaded as one of the family FAMILY.
+Each has the chat template of `unigen.model.chat_template`, and is saved and loaded as a model of the family FAMILY.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from unigen.batch import Vocabulary
 from unigen.generators.base import BuildContext, Generator
@@ -23,8 +23,11 @@ from unigen.nn.backbone import Backbone
 from unigen.tokenizers import ImageTokenizer
 from unigen.tokenizers import text as text_tokenizers
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
 FAMILY = "tiny"
-"""What unigen.json names: the module of `unigen.models` that loads a saved model of these parts."""
+"""The family in unigen.json: the module of `unigen.models` that loads such a model."""
 
 
 def build_model(
@@ -36,20 +39,21 @@ def build_model(
     heads: Sequence[Any] = (),
     begin_tokens: Mapping[str, str] | None = None,
     classes: Sequence[str] = (),
-    factories: Mapping[str, Callable[[], Any]] | None = None,
+    factories: Mapping[str, Callable[[], Generator]] | None = None,
 ) -> UnifiedModel:
-    """A model of given parts.
+    """Build a model from parts.
 
     Args:
         lm: a causal language model. Its table holds `text_size` rows, then one for each image code.
         tokenizer: its text tokenizer, with the special tokens of the chat template.
         image_tokenizer: turns pictures into codes, one code for each place of a grid.
         text_size: rows of the table that are pieces of text.
-        generator_names: the generators of pictures that the model has learnt, or shall learn.
-        heads: those of them that exist already, because they have weights or an image tokenizer of their own.
-        begin_tokens: by generator, the begin tokens that are given to generators already.
-        classes: names of the classes that the model draws, where it draws classes and not words.
-        factories: by name, what makes generators when they are first used. Their pictures take no positions.
+        generator_names: the generators of pictures that the model has, trained or to be trained.
+        heads: those of the generators that exist already, because they have weights or an image tokenizer of their own.
+        begin_tokens: begin tokens that generators have already, by generator.
+        classes: names of the classes, where the model draws classes and not words.
+        factories: by name, functions that build generators when they are first used. The pictures of these generators
+            take no positions.
 
     Raises:
         ValueError: the parts do not fit each other; the message says which.
@@ -73,7 +77,7 @@ def build_model(
 
 
 def _check_sizes(lm: Any, vocabulary: Vocabulary, image_tokenizer: ImageTokenizer, heads: Sequence[Any]) -> None:
-    """Raise ValueError where the table has other rows than the vocabulary, or a head draws pictures of another size."""
+    """Raise ValueError where the table does not fit the vocabulary, or a head is for pictures of another size."""
     rows = lm.get_input_embeddings().weight.shape[0]
     if rows != vocabulary.size:
         raise ValueError(
@@ -86,11 +90,11 @@ def _check_sizes(lm: Any, vocabulary: Vocabulary, image_tokenizer: ImageTokenize
             raise ValueError(f"the tokenizer of {head.name} is for pictures of {sizes}: train one for that size")
 
 
-def codebook_size(image_tokenizer: Any) -> int:
-    """How many codes the tokenizer has by which a model reads pictures.
+def codebook_size(image_tokenizer: ImageTokenizer) -> int:
+    """The number of codes of an image tokenizer by which a model reads pictures.
 
     Raises:
-        ValueError: it has not one code for each place of a picture.
+        ValueError: the tokenizer does not give one code for each place of a picture.
     """
     if not hasattr(image_tokenizer, "codebook_size") or hasattr(getattr(image_tokenizer, "quantizer", None), "scales"):
         raise ValueError("pictures are read by one code a place: image_tokenizer must be of kind vq, of one scale")
@@ -98,26 +102,41 @@ def codebook_size(image_tokenizer: Any) -> int:
 
 
 def build_context(lm: Any, tokenizer: Any, image_tokenizer: ImageTokenizer) -> BuildContext:
-    """The sizes and ids that generators of a model of these parts are built with."""
+    """The sizes and ids with which the generators of a model are built.
+
+    Args:
+        lm: the language model.
+        tokenizer: its text tokenizer, with the special tokens of the chat template.
+        image_tokenizer: by which the model reads pictures.
+    """
     width = int(lm.config.get_text_config().hidden_size)
-    known = tokenizer.convert_tokens_to_ids([name for name in SPECIAL_TOKENS if name in tokenizer.get_vocab()])
-    special_ids = tuple(sorted({*tokenizer.all_special_ids, *known} - {tokenizer.eos_token_id}))
+    special_token_ids = tokenizer.convert_tokens_to_ids(
+        [name for name in SPECIAL_TOKENS if name in tokenizer.get_vocab()]
+    )
+    special_ids = tuple(sorted({*tokenizer.all_special_ids, *special_token_ids} - {tokenizer.eos_token_id}))
     return BuildContext(image_tokenizer.grid, tokenizer.convert_tokens_to_ids(MASK), width, special_ids=special_ids)
 
 
 def build_from_config(
-    lm_config: Any,
+    lm_config: PreTrainedConfig,
     tokenizer: Any,
     image_tokenizer: ImageTokenizer,
     generator_names: Sequence[str] = (CONTEXT_GENERATOR,),
     heads: Sequence[Any] = (),
     classes: Sequence[str] = (),
 ) -> UnifiedModel:
-    """A new model with random weights: seed torch first.
+    """Build a new model with random weights. Seed torch first.
 
     Args:
         lm_config: any decoder-only config of transformers. Its vocabulary and special ids are set here.
-        tokenizer: see `build_model`, as are the others.
+        tokenizer: see `build_model`, as for all below.
+        image_tokenizer: turns pictures into codes.
+        generator_names: the generators of pictures.
+        heads: those of them that exist already.
+        classes: names of the classes, where the model draws classes.
+
+    Raises:
+        ValueError: the parts do not fit each other.
     """
     from transformers import AutoModelForCausalLM
 
@@ -129,29 +148,43 @@ def build_from_config(
 
 
 def add_generators(model: UnifiedModel, generator_names: Sequence[str], heads: Sequence[Any] = ()) -> UnifiedModel:
-    """A model of the same parts that has further generators, untrained. Parts are shared, not copied.
+    """Build a model of the same parts with further, untrained generators. Parts are shared, not copied.
 
     Args:
-        model: stays as it is.
-        generator_names: those that are added; ones that it has already may be among them.
+        model: is not changed.
+        generator_names: generators to add; names that the model has already are ignored.
         heads: those of them that exist already, because they have weights.
+
+    Raises:
+        ValueError: the text tokenizer has no begin token left for a generator.
     """
     parts = model.backbone.lm, model.text_tokenizer, model.image_tokenizer, model.vocabulary.text_size
     names = [name for name in dict.fromkeys([*model.generators, *generator_names]) if name != Text.name]
-    built = dict(model.heads) | {head.name: head for head in heads}
-    extended_model = build_model(*parts, names, list(built.values()), model.begin_tokens(), model.template.classes)
+    heads_by_name = dict(model.heads) | {head.name: head for head in heads}
+    extended_model = build_model(
+        *parts, names, list(heads_by_name.values()), model.begin_tokens(), model.template.classes
+    )
     extended_model.default_sampling = dict(model.default_sampling)
     return extended_model
 
 
-def extend_vocabulary(lm: Any, tokenizer: Any, image_tokenizer: ImageTokenizer) -> UnifiedModel:
-    """A pretrained language model and its tokenizer, grown by special tokens and image codes (Liquid's layout).
+def extend_vocabulary(
+    lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, image_tokenizer: ImageTokenizer
+) -> UnifiedModel:
+    """Build a model from a pretrained language model, whose vocabulary is extended by special tokens and image codes
+    (Liquid's layout). New rows are drawn around the mean of the old ones (`mean_resizing`).
 
-    New rows start as draws around the mean of the old ones (`mean_resizing`). The language model and the tokenizer
-    are changed in place.
+    Args:
+        lm: a causal language model of transformers, changed in place.
+        tokenizer: its text tokenizer, changed in place.
+        image_tokenizer: turns pictures into codes.
     """
-    missing = {"bos_token": text_tokenizers.BOS, "eos_token": text_tokenizers.EOS, "pad_token": text_tokenizers.PAD}
-    tokenizer.add_special_tokens({k: v for k, v in missing.items() if getattr(tokenizer, k) is None})
+    default_tokens = {
+        "bos_token": text_tokenizers.BOS,
+        "eos_token": text_tokenizers.EOS,
+        "pad_token": text_tokenizers.PAD,
+    }
+    tokenizer.add_special_tokens({k: v for k, v in default_tokens.items() if getattr(tokenizer, k) is None})
     tokenizer.add_special_tokens(
         {"additional_special_tokens": list(SPECIAL_TOKENS)}, replace_extra_special_tokens=False
     )

@@ -3,11 +3,14 @@
     <s><user> two apples on a blue background<assistant><boi> 64 codes <eoi></s>
     <s><user><boi> 64 codes <eoi> how many apples?<assistant> two</s>
 
-A document is a chat. What the assistant says is learnt. The pictures of a user's message stand before its words, in
+A document is a chat. The loss is on what the assistant says. The pictures of a user's message precede its words, in
 whatever order they were given, since models were trained on that order. In the unconditional rendering, the second
-branch of guidance, every run of text is the one token <uncond> while the images stay: this is what training shows where
-it drops captions. A model may draw classes instead of words: <s><user><class:7><assistant><boi> 64 codes <eoi></s>.
-Text is lower case and each run opens with a space, so that a word has one spelling wherever it stands.
+branch of guidance, every run of text is the one token <uncond> while the images stay: this is also what training uses
+where it drops captions. A model may draw classes instead of words:
+
+    <s><user><class:7><assistant><boi> 64 codes <eoi></s>
+
+Text is lower case and each run begins with a space, so that a word has the same ids wherever it stands.
 """
 
 from __future__ import annotations
@@ -26,10 +29,10 @@ from unigen.model.template import OUTPUTS, Output, images_first, touched_cells
 USER, ASSISTANT, BOI, EOI = "<user>", "<assistant>", "<boi>", "<eoi>"
 IMAGE, UNCOND, MASK = "<image>", "<uncond>", "<mask>"
 BEGIN_TOKENS = {"next-token": BOI, "next-scale": "<boi:scale>", "masked": "<boi:masked>", "flow": "<boi:flow>"}
-"""The begin token of each generator: it tells the backbone which generator writes the picture. Generators that are not
-listed take a spare token."""
+"""The begin token of each generator, by which the backbone knows which generator writes the picture. Generators that
+are not listed get a spare token."""
 CONTEXT_GENERATOR = "next-token"
-"""The generator as which finished pictures stand in a chat: as codes in raster order."""
+"""The generator whose layout finished pictures have in a chat: codes in raster order."""
 SPARE_TOKENS = tuple(f"<spare:{i}>" for i in range(8))
 REQUIRED_TOKENS = (USER, ASSISTANT, EOI, IMAGE, UNCOND, MASK, *BEGIN_TOKENS.values())
 SPECIAL_TOKENS = (*REQUIRED_TOKENS, *SPARE_TOKENS)
@@ -50,17 +53,17 @@ CHAT_TEMPLATE = (
 
 
 def class_token(number: int) -> str:
-    """The special token of a class; the text tokenizer of a model that draws classes is trained with them."""
+    """The special token of a class. The text tokenizer of a model that draws classes is trained with these."""
     return f"<class:{number}>"
 
 
 def normalize_text(text: str) -> str:
-    """Text as the model reads it: lower case, single spaces, opening with one."""
+    """Text as the model reads it: in lower case, with single spaces and one in front."""
     return " " + " ".join(text.lower().split())
 
 
 class ChatTemplate:
-    """Documents as ids and back; a `Template`."""
+    """Lays documents out as ids and reads ids as text; a `Template`."""
 
     context_generator = CONTEXT_GENERATOR
     num_candidates = 16
@@ -79,13 +82,13 @@ class ChatTemplate:
         """
         Args:
             tokenizer: the text tokenizer, with the special tokens.
-            image_lengths: by generator, the positions of a picture.
-            begin_tokens: by generator, begin tokens that are given already.
-            classes: names of the classes that the model draws, where it draws classes and not words.
-            text_lengths: by generator, how many of a picture's positions, the first, hold text.
+            image_lengths: positions of a picture, by generator.
+            begin_tokens: begin tokens that generators have already, by generator.
+            classes: names of the classes, where the model draws classes and not words.
+            text_lengths: how many of a picture's positions, the first, hold text, by generator.
 
         Raises:
-            ValueError: the tokenizer has no special token, or none that is left for a generator.
+            ValueError: the tokenizer lacks special tokens, or has no begin token left for a generator.
         """
         self.tokenizer = tokenizer
         self.image_lengths, self.text_lengths = dict(image_lengths), dict(text_lengths or {})
@@ -94,10 +97,10 @@ class ChatTemplate:
         outputs: tuple[Output, ...] = tuple(name for name in OUTPUTS if name != "pair" or self.text_lengths)
         self.outputs = ("image",) if classes else outputs
         begin_tokens = BEGIN_TOKENS | dict(begin_tokens or {})
-        needed = [*REQUIRED_TOKENS, *begin_tokens.values(), *map(class_token, range(len(self.classes)))]
-        known = {name: tokenizer.convert_tokens_to_ids(name) for name in (*SPECIAL_TOKENS, *needed)}
-        self.special_ids = {name: id for name, id in known.items() if id not in (None, tokenizer.unk_token_id)}
-        if missing := [name for name in needed if name not in self.special_ids]:
+        required_tokens = [*REQUIRED_TOKENS, *begin_tokens.values(), *map(class_token, range(len(self.classes)))]
+        token_ids = {name: tokenizer.convert_tokens_to_ids(name) for name in (*SPECIAL_TOKENS, *required_tokens)}
+        self.special_ids = {name: id for name, id in token_ids.items() if id not in (None, tokenizer.unk_token_id)}
+        if missing := [name for name in required_tokens if name not in self.special_ids]:
             raise ValueError(
                 f"the text tokenizer has no {', '.join(missing)}: train a new one (data_tools/train_tokenizer.py)"
             )
@@ -116,47 +119,60 @@ class ChatTemplate:
         self.begin_ids: dict[str, int] = {name: self.special_ids[begin_tokens[name]] for name in image_lengths}
 
     def encode(self, document: Document, *, uncond: bool = False, generator: str = CONTEXT_GENERATOR) -> Tokens:
-        """A whole chat for training. Its last turn is ended where the assistant speaks last.
+        """Lay out a whole chat for training. Its last turn is ended where the assistant speaks last.
 
         Args:
             document: the chat.
-            uncond: leave out its words, for guidance's other branch.
+            uncond: lay it out for the unconditional branch of guidance, without its words.
             generator: writes the assistant's last picture. Where it is not CONTEXT_GENERATOR, the chat ends with that
-                picture, since nothing later would see it as it was written.
+                picture, since nothing after it could attend to the picture as it was written.
         """
         if generator != CONTEXT_GENERATOR:
-            said = [i for i, s in enumerate(document.segments) if s.image is not None and s.role == "assistant"]
-            assert said, "no picture is written in this chat"
-            return self._dialogue(Document(document.segments[: said[-1] + 1]), uncond, generator)
+            image_indices = [
+                i for i, s in enumerate(document.segments) if s.image is not None and s.role == "assistant"
+            ]
+            assert image_indices, "no picture is written in this chat"
+            return self._dialogue(Document(document.segments[: image_indices[-1] + 1]), uncond, generator)
         tokens = self._dialogue(document, uncond)
         if document.segments[-1].role == "assistant":
             tokens.add([self.eos_id], loss=not uncond)
         return tokens
 
     def layout(self, grid: tuple[int, int]) -> Layout:
+        """The layout of a picture of h x w codes among ids: codes in raster order, then EOI."""
         return Layout(grid, suffix=(self.image_end_id,))
 
     def preprocess(self, image: Image.Image, size: int) -> np.ndarray:
+        """Pixels (size, size, 3), uint8, of the centre of a picture."""
         return center_crop_resize(image, size)
 
     def bidirectional_prefix(self, ids: Sequence[int]) -> int:
+        """0: attention is causal."""
         return 0
 
     def prompt(self, document: Document, *, output: Output = "image", branch: int = 0) -> Tokens:
-        """A chat up to where the assistant goes on, whether it has begun its answer or not, whatever is asked for."""
+        """Lay out a chat up to where the assistant goes on.
+
+        Args:
+            document: the chat; the assistant may have begun its answer.
+            output: not used.
+            branch: of guidance: 0 sees all, 1 pictures alone.
+        """
         tokens = self._dialogue(document, bool(branch))
         if document.segments[-1].role == "user":
             tokens.add([self.special_ids[ASSISTANT]])
         return tokens
 
     def mask_to_cells(self, mask: Image.Image, size: int, grid: tuple[int, int]) -> np.ndarray:
+        """The codes, bool (h, w), of which the mask marks any pixel."""
         return touched_cells(mask, grid)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, as the user reads it."""
+        """The text of ids, without special tokens."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
     def _dialogue(self, document: Document, uncond: bool, generator: str = CONTEXT_GENERATOR) -> Tokens:
+        """Turns of a chat, with the last picture, if it ends the chat, in the layout of `generator`."""
         tokens = Tokens()
         tokens.add([self.bos_id])
         role, after_text = None, False
@@ -169,16 +185,20 @@ class ChatTemplate:
                     tokens.add([self.eos_id], loss=not uncond)
                 role = segment.role
                 tokens.add([self.special_ids[USER if role == "user" else ASSISTANT]])
-            learnt = role == "assistant"
+            has_loss = role == "assistant"
             if segment.image is not None:
-                last = number == len(document.segments)
-                name = generator if last else CONTEXT_GENERATOR
-                tokens.add([self.begin_ids[name]], loss=learnt and not uncond)
-                tokens.add_image(segment.image, self.image_lengths[name], loss=learnt, handler=name)
-                if name in self.text_lengths:
+                is_last = number == len(document.segments)
+                generator_name = generator if is_last else CONTEXT_GENERATOR
+                tokens.add([self.begin_ids[generator_name]], loss=has_loss and not uncond)
+                tokens.add_image(
+                    segment.image, self.image_lengths[generator_name], loss=has_loss, handler=generator_name
+                )
+                if generator_name in self.text_lengths:
                     start = tokens.spans[-1][0]
-                    tokens.ids[start : start + self.text_lengths[name]] = self.prefix_text_ids(document, name)
-                if name == CONTEXT_GENERATOR:
+                    tokens.ids[start : start + self.text_lengths[generator_name]] = self.prefix_text_ids(
+                        document, generator_name
+                    )
+                if generator_name == CONTEXT_GENERATOR:
                     tokens.add([self.image_end_id])
             elif uncond:
                 tokens.add([] if after_text else [self.special_ids[UNCOND]])  # one for the whole run of text
@@ -187,18 +207,30 @@ class ChatTemplate:
             elif self.classes:
                 raise ValueError(f"this model draws classes, not words: give {self.describe_classes()}")
             else:
-                tokens.add(self.text_ids(segment.text or ""), loss=learnt)
+                tokens.add(self.text_ids(segment.text or ""), loss=has_loss)
             after_text = segment.image is None
         return tokens
 
     def prefix_text_ids(self, document: Document, generator: str) -> list[int]:
-        """The ids of the last text, cut or filled up with ends of turn to the positions that this generator has."""
-        said = [self.text_ids(segment.text) for segment in document.segments if segment.text]
-        ids = said[-1][: self.text_lengths[generator]] if said else []
+        """The ids of the last text of a document, cut or filled with ends of turn to the generator's positions of text.
+
+        Args:
+            document: the chat.
+            generator: one of `text_lengths`.
+        """
+        runs_of_ids = [self.text_ids(segment.text) for segment in document.segments if segment.text]
+        ids = runs_of_ids[-1][: self.text_lengths[generator]] if runs_of_ids else []
         return ids + [self.eos_id] * (self.text_lengths[generator] - len(ids))
 
     def class_index(self, label: int | str) -> int:
-        """Of a class, by its number or name. Raises ValueError naming the classes there are."""
+        """The index of a class.
+
+        Args:
+            label: its number or its name.
+
+        Raises:
+            ValueError: there is no such class; the message names those there are.
+        """
         if not self.classes:
             raise ValueError("this model draws words, not classes: say what to draw in words")
         if label in self.classes:
@@ -209,9 +241,10 @@ class ChatTemplate:
         return number
 
     def describe_classes(self) -> str:
+        """A phrase for error messages that lists the classes."""
         names = ", ".join(self.classes[:10]) + (", ..." if len(self.classes) > 10 else "")
         return f"a class from 0 to {len(self.classes) - 1}, or its name ({names})"
 
     def text_ids(self, text: str) -> list[int]:
-        """Ids of one run of text; a special token's name typed by a user is text, never the token."""
+        """Ids of one run of text. The name of a special token that a user types is text, never the token."""
         return self.tokenizer(normalize_text(text), add_special_tokens=False, split_special_tokens=True)["input_ids"]

@@ -1,4 +1,4 @@
-"""The generators of a model by name. Some may be built when they are first used."""
+"""The generators of a model by name. Some are built only when they are first used."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from unigen.options import GroupType
 
 
 class GeneratorDict(dict[str, Any]):
-    """Generators by name, in order. Those with a factory are built when they are first used, so that a model that
-    never uses them does not import what they need."""
+    """Generators by name, in order.
+
+    Those with a factory are built when they are first used, so that a model that never uses them does not import what
+    they need. The names include generators that are not built yet.
+    """
 
     def __init__(
         self,
@@ -22,13 +25,13 @@ class GeneratorDict(dict[str, Any]):
         """
         Args:
             generators: by name; None for one that a factory builds.
-            factories: by name, what builds the others.
+            factories: by name, functions that build the others.
         """
         super().__init__(generators)
         self.factories = dict(factories or {})
-        """Of generators that are not built yet."""
+        """Factories of the generators that are not built yet, by name."""
         self.on_build: Callable[[str, Generator], None] = lambda name, generator: None
-        """Called with each generator that a factory built."""
+        """Called with the name and each generator that a factory has built."""
 
     def __getitem__(self, name: str) -> Any:
         if name in self.factories:
@@ -53,10 +56,13 @@ class GeneratorDict(dict[str, Any]):
             self[name]
 
     def get(self, name: str, default: Any = None) -> Any:
+        """The generator of this name, built where necessary, or the default."""
         return self[name] if name in self else default
 
     def values(self) -> Any:
+        """All generators, built where necessary."""
         return [self[name] for name in self]
 
     def items(self) -> Any:
+        """All names and generators, built where necessary."""
         return [(name, self[name]) for name in self]

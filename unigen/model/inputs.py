@@ -1,10 +1,10 @@
-"""What the backbone reads: documents as ids and spans of vectors, and the one function that turns them into inputs.
+"""Inputs of the backbone: documents as ids and spans of vectors, and the one function that builds inputs from them.
 
-    inputs = build_inputs(model, ids_BL, spans)                    # training: packed rows; inference: what is read now
+    inputs = build_inputs(model, ids_BL, spans)                    # training: packed rows; inference: one step
     hidden_BLD = backbone(inputs.embeds_BLD, ..., inputs.attend_until_BL)
 
 Ids are embedded by the backbone's table. An `InputSpan` replaces the embeddings of some positions, by features of a
-picture that a vision encoder reads or by what a generator reads where it writes, or says how far positions see.
+picture from a vision encoder or by vectors of a generator where it writes, or sets how far positions attend.
 Shapes: B rows, L positions, D width, N images, M images of one layout, P positions of an image, h x w codes.
 """
 
@@ -27,21 +27,24 @@ class PromptSpan:
     """Positions of a prompt that read a picture's features."""
 
     start: int
+    """The first position."""
     stop: int
+    """The position after the last."""
     features_PD: Tensor
+    """The features (P, D), P = stop - start."""
 
 
 @dataclass(frozen=True)
 class PromptIds:
-    """A document as the backbone reads it."""
+    """A document as the backbone reads it: ids and spans of features."""
 
     ids: list[int]
-    """One for each position; 0 where a span says what is read."""
+    """Ids (L,), 0 where a span replaces them."""
     spans: list[PromptSpan] = field(default_factory=list)
-    """In order, without overlap."""
+    """Spans of features, in order, without overlap."""
 
     def vocabulary_ids(self) -> set[int]:
-        """The ids that stand in the prompt, without positions of spans."""
+        """The set of ids in the prompt, without positions of spans."""
         ids: list[int] = []
         position = 0
         for span in self.spans:
@@ -52,23 +55,24 @@ class PromptIds:
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """What one pass of the backbone reads."""
+    """The inputs of one pass of the backbone."""
 
     embeds_BLD: Tensor
+    """Embeddings (B, L, D)."""
     attend_until_BL: Tensor | None
-    """The last position of its row that each position sees; None where all are causal."""
+    """The last position of its row that each position attends to; None where all are causal."""
 
 
 def build_inputs(
     model: GeneratorModel, ids_BL: Tensor, spans: Sequence[InputSpan], mask_device: torch.device | None = None
 ) -> ModelInputs:
-    """Embeddings of ids, with what spans say in their places.
+    """Embed ids, and replace the embeddings of spans.
 
     Args:
         model: embeds the ids.
         ids_BL: one for each position, a valid one also where a span replaces its embedding.
-        spans: in this order; a later one replaces an earlier one. Gradients flow into their embeddings.
-        mask_device: where `attend_until_BL` is to be; None: where the ids are.
+        spans: applied in order; a later one replaces an earlier one. Gradients flow into their embeddings.
+        mask_device: where `attend_until_BL` is put; None: where the ids are.
     """
     embeds_BLD, attend_until_BL = model.embed(ids_BL), None
     for span in spans:
@@ -80,8 +84,8 @@ def build_inputs(
                 embeds_BLD[span.rows, span.positions] = embeds
         if span.attend_until is not None:
             if attend_until_BL is None:
-                rows, length = ids_BL.shape
-                attend_until_BL = torch.arange(length, device=mask_device or ids_BL.device).repeat(rows, 1)
+                num_rows, length = ids_BL.shape
+                attend_until_BL = torch.arange(length, device=mask_device or ids_BL.device).repeat(num_rows, 1)
             attend_until_BL[span.rows, span.positions] = span.attend_until
     return ModelInputs(embeds_BLD, attend_until_BL)
 
@@ -89,8 +93,13 @@ def build_inputs(
 def prompt_ids(tokens: Tokens, vocabulary: Vocabulary, template: Template) -> PromptIds:
     """The ids of one document whose pictures are encoded, and the spans of those that are features.
 
+    Args:
+        tokens: the document as a template lays it out, with pictures as codes (h, w) or features (P, D).
+        vocabulary: gives the ids of codes.
+        template: gives the layout of codes.
+
     Raises:
-        ValueError: a picture has another number of codes than its place has, or codes that the vocabulary has not.
+        ValueError: a picture has another number of codes than its place, or codes that are not in the vocabulary.
     """
     ids, spans = list(tokens.ids), []
     for (start, stop), image in zip(tokens.spans, tokens.images, strict=True):
@@ -106,13 +115,13 @@ def prompt_ids(tokens: Tokens, vocabulary: Vocabulary, template: Template) -> Pr
 
 
 def place_image_ids(batch: Batch, images_M: Tensor, ids_Mhw: Tensor, row_end: Sequence[int]) -> Batch:
-    """The batch with the ids of some of its images in their places. A span may hold text before its codes.
+    """Put the ids of some images into a batch. A span may hold text before its codes.
 
     Args:
-        batch: packed rows.
-        images_M: numbers of images.
+        batch: packed rows; it is not changed.
+        images_M: indices of images.
         ids_Mhw: their codes as ids of the vocabulary.
-        row_end: ids that stand after each row of codes.
+        row_end: ids after each row of codes.
     """
     ends = torch.tensor(row_end, dtype=ids_Mhw.dtype).to(ids_Mhw.device).expand(*ids_Mhw.shape[:2], -1)
     ids_MP = torch.cat((ids_Mhw, ends), 2).flatten(1)
@@ -124,7 +133,12 @@ def place_image_ids(batch: Batch, images_M: Tensor, ids_Mhw: Tensor, row_end: Se
 
 
 def attention_span(batch: Batch, generator: Generator) -> InputSpan | None:
-    """How far the positions see of all images of a generator; None where they are causal."""
+    """How far positions attend in all images of a generator; None where they are causal.
+
+    Args:
+        batch: packed rows.
+        generator: writes the images.
+    """
     offsets = generator.attend_until()
     if offsets is None:
         return None

@@ -1,10 +1,10 @@
-"""Image readers: how a model reads pictures. A model may have several of them.
+"""Image readers: they encode pictures for the backbone. A model may have several.
 
     codes = model.readers["codes"].encode(pixels)                  # (N, h, w), ids of the vocabulary
     features = model.readers["vision"].encode(pixels)              # (N, P, D), vectors that the backbone reads
 
-A reader whose pictures are ids of the vocabulary is read through the backbone's table of embeddings. All others give
-vectors, which `unigen.model.inputs.build_inputs` puts where the picture stands, in training and in inference alike.
+Codes are ids of the vocabulary and are embedded by the backbone's table. All other readers give vectors, which
+`unigen.model.inputs.build_inputs` puts at the positions of the picture, in training and in inference alike.
 Shapes: N pictures, P positions of a picture, h x w codes, D width of the backbone.
 """
 
@@ -21,28 +21,29 @@ from unigen.tokenizers import ImageTokenizer
 
 
 class ImageReader(Protocol):
-    """One way of reading pictures."""
+    """An encoder of pictures for the backbone."""
 
     name: str
-    """Its name among the model's readers; also the layout of pictures in `Tokens` that are read by it."""
+    """Its key in the model's readers, and the handler in `Tokens` of pictures that it reads."""
     trainable: bool
-    """Do gradients flow through `encode`?"""
+    """Whether gradients flow through `encode`."""
 
     def num_positions(self, grid: tuple[int, int]) -> int:
-        """Positions of a picture that has so many rows and columns of codes."""
+        """Positions of a picture with a grid of rows and columns of codes."""
         ...
 
     def encode(self, pixels_NCHW: Tensor) -> Tensor:
-        """Pixels in [-1, 1] as codes, int64 (N, h, w), or as features (N, P, D)."""
+        """Pixels (N, 3, H, W) in [-1, 1] -> codes, int64 (N, h, w), or features (N, P, D)."""
         ...
 
     def embed(self, encoded: Tensor) -> Tensor:
-        """What the backbone reads (N, P, D) for what `encode` gave."""
+        """The output of `encode` -> embeddings (N, P, D) for the backbone."""
         ...
 
 
 class CodeReader:
-    """Reads pictures as codes of the model's image tokenizer: ids of the vocabulary. The image tokenizer is frozen."""
+    """Reads pictures as codes of the model's image tokenizer, which are ids of the vocabulary. The tokenizer is
+    frozen."""
 
     name = "codes"
     trainable = False
@@ -52,22 +53,25 @@ class CodeReader:
     ) -> None:
         """
         Args:
-            image_tokenizer: gives the codes.
-            vocabulary: which id a code has.
-            embed_ids: the backbone's table of embeddings.
+            image_tokenizer: encodes pixels as codes.
+            vocabulary: gives the ids of codes.
+            embed_ids: ids (N, P) -> embeddings (N, P, D), by the backbone's table.
         """
         self._image_tokenizer = image_tokenizer
         self._vocabulary, self._embed_ids = vocabulary, embed_ids
 
     def num_positions(self, grid: tuple[int, int]) -> int:
+        """One position for each code."""
         return grid[0] * grid[1]
 
     @torch.no_grad()
     def encode(self, pixels_NCHW: Tensor) -> Tensor:
+        """Pixels (N, 3, H, W) in [-1, 1] -> codes, int64 (N, h, w)."""
         weight = next(self._image_tokenizer.parameters())
         return self._image_tokenizer.encode(pixels_NCHW.to(weight.device, weight.dtype))
 
     def embed(self, encoded: Tensor) -> Tensor:
+        """Codes (N, h, w) -> embeddings (N, h w, D)."""
         return self._embed_ids(self._vocabulary.image_ids(encoded).flatten(1))
 
 
@@ -80,19 +84,22 @@ class VisionEncoder(nn.Module):
     """Positions of a picture."""
 
     def num_positions(self, grid: tuple[int, int]) -> int:
+        """`num_tokens`, whatever the grid of codes."""
         return self.num_tokens
 
     def forward(self, pixels_NCHW: Tensor) -> Tensor:
-        """Pixels in [-1, 1] (N, 3, H, W) -> features (N, num_tokens, D)."""
+        """Pixels (N, 3, H, W) in [-1, 1] -> features (N, num_tokens, D)."""
         raise TypeError("a vision encoder defines forward()")
 
     def encode(self, pixels_NCHW: Tensor) -> Tensor:
+        """`forward`, with the hooks of a module."""
         features_NPD: Tensor = self(pixels_NCHW)
         return features_NPD
 
     def embed(self, encoded: Tensor) -> Tensor:
+        """The features themselves."""
         return encoded
 
     def config(self) -> dict[str, object]:
-        """The settings that build it again, saved as its config.json."""
+        """The settings from which it is built again, saved as its config.json."""
         return {}

@@ -2,10 +2,10 @@
 
 FOLDER/                      config.json, model.safetensors, tokenizer.json: AutoModelForCausalLM loads it
 FOLDER/unigen.json           family, sizes of the vocabulary, generators, sampling
-FOLDER/image_tokenizer/      turns pictures into codes
-FOLDER/backbone/             weights of the backbone that are not the language model's, where there are some
-FOLDER/vision_encoder/       reads pictures, where the model has one; in folders of version 0.1 it is sight/
-FOLDER/GENERATOR/            a generator with weights, with tokenizer/ where it has one of its own
+FOLDER/image_tokenizer/      encodes pictures as codes
+FOLDER/backbone/             weights of the backbone beside the language model's, if any
+FOLDER/vision_encoder/       the vision encoder, if any; sight/ in folders of version 0.1
+FOLDER/GENERATOR/            a generator with weights, and its own image tokenizer in tokenizer/, if any
 """
 
 from __future__ import annotations
@@ -28,18 +28,21 @@ from unigen.tokenizers import ImageTokenizer, save_tokenizer, text
 
 VISION_FOLDER = "vision_encoder"
 OLD_VISION_FOLDER = "sight"
-"""What it was called in version 0.1."""
+"""The name of `VISION_FOLDER` in folders of version 0.1."""
 
 
 @dataclass(frozen=True)
 class ModelParts:
-    """What a model folder holds."""
+    """The contents of a model folder."""
 
     backbone: Backbone
+    """The language model, and weights beside it."""
     text_tokenizer: Any
-    """None for models that read no words."""
+    """The tokenizer of transformers; None for models that read no words."""
     image_tokenizer: ImageTokenizer
+    """Encodes pictures as codes of the vocabulary."""
     vision_encoder: VisionEncoder | None
+    """Encodes the pictures of prompts; None where their codes are read."""
     heads: Mapping[str, Any]
     """Generators with weights, by name."""
     manifest: Mapping[str, object]
@@ -50,8 +53,8 @@ def save_parts(folder: str | Path, parts: ModelParts, dtype: torch.dtype | None 
     """Write a model folder. The old one, if any, is replaced when the new one is whole.
 
     Args:
-        folder: where to write it.
-        parts: what it holds.
+        folder: where to write.
+        parts: its contents.
         dtype: of the weights; None: as they are.
     """
     with replacing_folder(folder) as scratch:
@@ -82,5 +85,5 @@ def save_parts(folder: str | Path, parts: ModelParts, dtype: torch.dtype | None 
 
 
 def vision_folder(folder: Path) -> Path:
-    """Where a model folder has its vision encoder, by the name of today or of version 0.1."""
+    """The folder of the vision encoder in a model folder, by its name of today or of version 0.1."""
     return folder / (VISION_FOLDER if (folder / VISION_FOLDER).is_dir() else OLD_VISION_FOLDER)

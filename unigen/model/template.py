@@ -1,6 +1,6 @@
-"""How a family lays documents out as ids: the protocol, and what templates of public models share.
+"""Templates lay documents out as ids: the protocol, and base classes for the templates of public models.
 
-Does not depend on: weights, how anything is generated. Families own their strings.
+Each family defines its own strings. Does not depend on: weights, how anything is generated.
 """
 
 from __future__ import annotations
@@ -19,18 +19,21 @@ from unigen.media.pixels import center_crop_resize
 
 Output = Literal["image", "text", "interleaved", "pair"]
 OUTPUTS: tuple[Output, ...] = ("image", "text", "interleaved", "pair")
+"""The outputs that can be asked for."""
 IMAGE_OUTPUTS: tuple[Output, ...] = ("image", "pair")
-"""Outputs that are one picture, in "pair" with the text that is written with it."""
+"""Outputs that are one picture; in "pair" it comes with a text."""
 
 
 class UnsupportedError(ValueError):
-    """A model cannot do what is asked, whatever it is given."""
+    """The model cannot do what is asked for, whatever the prompt."""
 
 
 def images_first(segments: Sequence[Segment]) -> list[Segment]:
-    """The segments, with the pictures of each of the user's messages before its words, else in their order.
+    """The segments, with the pictures of each user message before its words, and else in their order.
 
-    For families that have learnt their questions so. A message is all that the user says before the assistant does."""
+    For families that were trained on questions in this order. A message is all that the user says before the assistant
+    does.
+    """
     ordered: list[Segment] = []
     for role, message in groupby(segments, key=lambda segment: segment.role):
         ordered += sorted(message, key=lambda segment: role == "user" and segment.image is None)
@@ -38,7 +41,7 @@ def images_first(segments: Sequence[Segment]) -> list[Segment]:
 
 
 def split_system_messages(segments: Sequence[Segment]) -> tuple[str, list[Segment]]:
-    """The text of all system messages, "" where there are none, and what the user and the assistant say."""
+    """The text of all system messages, "" where there are none, and all other segments."""
     system_texts = [(segment.text or "").strip() for segment in segments if segment.role == "system"]
     return "\n\n".join(system_texts), [segment for segment in segments if segment.role != "system"]
 
@@ -53,8 +56,10 @@ _QUESTION_START = re.compile(
 
 
 def is_question(text: str) -> bool:
-    """Do English words ask for words: "what is this", "Describe the image.", "a dog, right?"? What is asked for
-    politely is what is asked for: "can you make it red?" does not."""
+    """Whether English words ask for words: "what is this", "Describe the image.", "a dog, right?".
+
+    A polite phrase counts as what it asks for: "can you make it red?" asks for a picture.
+    """
     for sentence in re.split(r"(?<=[.!?？؟])\s+|\n", text):
         sentence_body = _POLITE_PREFIX.sub("", sentence.strip())
         is_polite = sentence_body != sentence.strip()
@@ -64,8 +69,15 @@ def is_question(text: str) -> bool:
 
 
 def default_output(document: Document, outputs: Sequence[Output]) -> Output:
-    """What an answer holds where nobody says: text, where the last message asks about a picture of the conversation;
-    else text and pictures as the model decides, else what it can."""
+    """The output of an answer where none is asked for.
+
+    It is text where the last message asks about a picture of the conversation. Else it is text and pictures as the model
+    decides, else what the model can do.
+
+    Args:
+        document: the prompt.
+        outputs: what the model can be asked for.
+    """
     last: list[str] = []
     for role, message in groupby(document.segments, key=lambda segment: segment.role):
         last = [segment.text or "" for segment in message] if role == "user" else last
@@ -75,82 +87,96 @@ def default_output(document: Document, outputs: Sequence[Output]) -> Output:
 
 
 class Template(Protocol):
-    """How a family lays a document out as ids, and reads ids as text."""
+    """Lays documents out as ids, and reads ids as text; one per family."""
 
     outputs: tuple[Output, ...]
-    """What the model can be asked for."""
+    """The outputs that the model can be asked for."""
     context_generator: str
-    """The generator as which finished pictures stand in a document."""
+    """The generator whose layout finished pictures have in a document."""
     text_lengths: dict[str, int]
-    """By generator, positions of text that a picture's segment opens with, where it does."""
+    """Positions of text at the start of a picture's segment, by generator; only where there are some."""
     classes: tuple[str, ...]
-    """Names of the classes that the model draws; empty where it draws words."""
+    """Names of the classes, where the model draws classes; empty where it draws words."""
     stop_token_ids: tuple[int, ...]
     """Ids that end an answer."""
     variable_size: bool
-    """May pictures be of any size?"""
+    """Whether pictures may be of any size."""
     num_guidance_scales: int
-    """One less than the branches that guidance has."""
+    """The number of guidance scales: one less than the branches of guidance."""
     supports_system: bool
-    """Are system messages followed in text?"""
+    """Whether system messages are followed in text."""
     settings: dict[str, Any]
-    """What unigen.json stores of the template."""
+    """Settings of the template, saved in unigen.json."""
     begin_ids: dict[str, int]
-    """By generator, the token that begins a picture; without it the prompt itself does."""
+    """The begin token of a picture, by generator. Without one, the picture follows the prompt directly."""
     num_candidates: int
-    """Captions of which the best is chosen, if nothing else is asked for."""
+    """The number of captions from which the best is chosen, by default."""
 
     def preprocess(self, image: Image.Image, size: int) -> np.ndarray:
-        """A picture as pixels (H, W, 3), uint8, of `size` along a side."""
+        """Resize and crop a picture.
+
+        Args:
+            image: RGB.
+            size: pixels along a side; an upper bound where pictures may be of any size.
+
+        Returns:
+            Pixels (H, W, 3), uint8.
+        """
         ...
 
     def layout(self, grid: tuple[int, int]) -> Layout:
-        """How a picture of so many rows and columns of codes stands among ids."""
+        """The layout of a picture of so many rows and columns of codes among ids."""
         ...
 
     def encode(self, document: Document, *, uncond: bool = False, generator: str = "next-token") -> Tokens:
-        """A whole document for training.
+        """Lay out a whole document for training.
 
         Args:
             document: ends with what the assistant says or draws.
-            uncond: lay it out for guidance's other branch.
+            uncond: lay it out for the unconditional branch of guidance.
             generator: writes the assistant's last picture.
         """
         ...
 
     def prompt(self, document: Document, *, output: Output, branch: int = 0) -> Tokens:
-        """A document up to where the model goes on.
+        """Lay out a document up to where the model goes on.
 
         Args:
             document: the prompt.
             output: what is asked for.
             branch: of guidance; 0 sees all.
+
+        Raises:
+            ValueError: the model does not read such a document.
         """
         ...
 
     def bidirectional_prefix(self, ids: Sequence[int]) -> int:
-        """How many of a prompt's ids, the first, see each other, as in a prefix language model; 0 is causal."""
+        """The number of ids at the start of a prompt that attend to each other (prefix LM); 0 is causal."""
         ...
 
     def prefix_text_ids(self, document: Document, generator: str) -> list[int]:
-        """The ids of the text that a picture's segment of this generator opens with."""
+        """The ids of the text at the start of a picture's segment of this generator."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, as the user reads it."""
+        """The text of ids, without special tokens."""
         ...
 
     def mask_to_cells(self, mask: Image.Image, size: int, grid: tuple[int, int]) -> np.ndarray:
-        """The codes (h, w), bool, that a mask marks, for pictures of `size` pixels along a side."""
+        """The codes, bool (h, w), that a mask marks, for pictures of `size` pixels along a side."""
         ...
 
 
 def touched_cells(mask: Image.Image, grid: tuple[int, int]) -> np.ndarray:
-    """The codes (h, w), bool, of which the mask marks any pixel.
+    """The codes of which a mask marks any pixel.
 
     Args:
         mask: square, white (128 and above) where it marks.
         grid: rows and columns of codes.
+
+    Returns:
+        Bool (h, w).
     """
     mask_HW = np.asarray(mask) >= 128
     rows, columns = (np.arange(n) * len(mask_HW) // n for n in grid)
@@ -158,7 +184,7 @@ def touched_cells(mask: Image.Image, grid: tuple[int, int]) -> np.ndarray:
 
 
 class PretrainedTemplate:
-    """What templates of public models share: next-token, no text in a picture's span, special tokens by name."""
+    """A base class for templates of public models, with next-token and no text in the segment of a picture."""
 
     outputs: tuple[Output, ...] = ("image", "text")
     context_generator = "next-token"
@@ -176,23 +202,28 @@ class PretrainedTemplate:
         self.settings: dict[str, Any] = {}
 
     def preprocess(self, image: Image.Image, size: int) -> np.ndarray:
+        """Pixels (size, size, 3), uint8, of the centre of a picture."""
         return center_crop_resize(image, size)
 
     def bidirectional_prefix(self, ids: Sequence[int]) -> int:
+        """0: attention is causal."""
         return 0
 
     def prefix_text_ids(self, document: Document, generator: str) -> list[int]:
+        """No ids: pictures have no text in their segments."""
         return []
 
     def mask_to_cells(self, mask: Image.Image, size: int, grid: tuple[int, int]) -> np.ndarray:
+        """The codes, bool (h, w), of which the mask marks any pixel."""
         return touched_cells(mask, grid)
 
     def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
 
 class ImageOnlyTemplate(PretrainedTemplate):
-    """Of models that draw and do nothing else: no token stands between a prompt and its picture of so many codes."""
+    """A base class for models that only draw. The codes of a picture follow the prompt, with no token between."""
 
     outputs: tuple[Output, ...] = ("image",)
 
@@ -203,13 +234,15 @@ class ImageOnlyTemplate(PretrainedTemplate):
         self.begin_ids = {}
 
     def layout(self, grid: tuple[int, int]) -> Layout:
+        """Codes in raster order, and nothing else."""
         return Layout(grid)
 
     def prompt(self, document: Document, *, output: Output, branch: int = 0) -> Tokens:
+        """Lay out a prompt; see `Template.prompt`. Families define it."""
         raise TypeError("a template of a model that draws defines prompt()")
 
     def encode(self, document: Document, *, uncond: bool = False, generator: str = "next-token") -> Tokens:
-        """What is asked for, and the picture of it."""
+        """Lay out a prompt and its picture for training; see `Template.encode`. The loss is on the picture."""
         *prompt_segments, last = document.segments
         tokens = self.prompt(Document(prompt_segments), output="image", branch=uncond)
         tokens.add_image(last.image, self.num_codes, loss=True)
@@ -217,14 +250,25 @@ class ImageOnlyTemplate(PretrainedTemplate):
 
 
 class ClassTemplate(ImageOnlyTemplate):
-    """Of models that draw classes: a prompt is the class's id, guidance's other branch the id after the last of
-    them."""
+    """The template of models that draw classes: a prompt is the id of its class. The unconditional id follows those of
+    the classes.
+    """
 
     def __init__(self, count: int, num_codes: int) -> None:
+        """
+        Args:
+            count: classes.
+            num_codes: codes of a picture.
+        """
         super().__init__(None, num_codes)
         self.classes = tuple(map(str, range(count)))
 
     def prompt(self, document: Document, *, output: Output, branch: int = 0) -> Tokens:
+        """Lay out one class; see `Template.prompt`.
+
+        Raises:
+            ValueError: the document is other than one class, or there is no such class.
+        """
         count = len(self.classes)
         labels = [segment.label for segment in document.segments]
         if len(labels) != 1 or labels[0] is None:
@@ -236,4 +280,5 @@ class ClassTemplate(ImageOnlyTemplate):
         return tokens
 
     def decode(self, ids: Sequence[int]) -> str:
+        """No text."""
         return ""

@@ -1,6 +1,6 @@
-"""The parts of a unified model, and what they do together: ids and pictures in, hidden states and logits out. No loops.
+"""The unified model: its parts, and their passes from ids and pictures to hidden states and logits. No sampling loops.
 
-Does not depend on: how a segment is written (generators), how a chat is laid out (the family's template).
+Does not depend on: how a segment is generated (generators), how a chat is laid out (the family's template).
 
 Shapes: B rows, L positions, D width, N images, h x w codes.
 """
@@ -54,13 +54,13 @@ class UnifiedModel(nn.Module):
         """
         Args:
             family: the module of `unigen.models` that loads a saved model.
-            backbone: its embeddings hold the rows of `vocabulary`.
-            vocabulary: which id a piece of text or an image code has.
+            backbone: the language model; its embeddings hold the rows of `vocabulary`.
+            vocabulary: the ids of pieces of text and image codes.
             text_tokenizer: of transformers; None for models that read no words.
-            image_tokenizer: between pictures and codes; frozen.
-            template: how documents are laid out as ids.
-            generators: by name, "text" among them where the model writes text.
-            vision_encoder: reads the pictures of prompts; None: their codes are read.
+            image_tokenizer: encodes pictures as codes, and decodes them; frozen.
+            template: lays documents out as ids.
+            generators: by name, with "text" where the model writes text.
+            vision_encoder: encodes the pictures of prompts; None: their codes are read.
         """
         super().__init__()
         self.family = family
@@ -72,9 +72,11 @@ class UnifiedModel(nn.Module):
         self.generators = generators if isinstance(generators, GeneratorDict) else GeneratorDict(generators)
         self.generators.on_build = self._register_generator
         self.default_sampling: dict[str, dict[str, Any]] = {}
+        """Options of generators that hold where a request sets no others, by generator."""
         self.quantization: str | None = None
+        """The kind of quantized weights, "8bit" or "4bit"; None where they are not quantized."""
         self.vllm_support = ""
-        """Whether vLLM can serve the model, where its loader says."""
+        """Whether vLLM can serve the model, in words, as its loader set it."""
         built = [name for name in self.generators if name not in self.generators.factories]
         heads = {name: head for name in built if isinstance(head := self.generators[name], nn.Module)}
         self._modules["heads"] = nn.ModuleDict(heads)
@@ -83,59 +85,63 @@ class UnifiedModel(nn.Module):
 
     @property
     def heads(self) -> Any:
-        """The generators that have weights, a `ModuleDict`."""
+        """The generators that have weights, a `ModuleDict` by name."""
         self.generators.build_all()
         return self._modules["heads"]
 
     def _register_generator(self, name: str, generator: Generator) -> None:
-        """Take a generator that was made now among the modules: as trained or not, where and as the backbone is."""
+        """Add a generator that was built now to the modules, with the device, dtype and mode of the backbone."""
         if isinstance(generator, nn.Module):
             weight = next(self.backbone.parameters())
             heads: Any = self._modules["heads"]
             heads[name] = generator.to(weight.device, weight.dtype).train(self.training)
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Any:
-        """All of them: those that are not made yet are made for this, and so for `parameters`."""
+        """As of any module, with all generators. Those not built yet are built for it, and so for `parameters`."""
         self.generators.build_all()
         return super().named_modules(*args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module, with all generators."""
         self.generators.build_all()
         return super().state_dict(*args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As of any module. Keys of version 0.1 are read."""
+        """As of any module. Keys of version 0.1 are accepted."""
         self.generators.build_all()
         return super().load_state_dict(rename_state(state_dict), *args, **kwargs)
 
     def train(self, mode: bool = True) -> UnifiedModel:
-        """The image tokenizer is frozen, whatever the mode."""
+        """Set the mode of all but the image tokenizer, which stays in evaluation mode."""
         super().train(mode)
         self.image_tokenizer.eval()
         return self
 
     @property
     def device(self) -> torch.device:
+        """The device of the backbone."""
         return next(self.backbone.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the language model's tables."""
+        """The dtype of the language model's embeddings."""
         return next(self.backbone.parameters()).dtype
 
     def decode_autocast(self) -> torch.autocast:
-        """Pictures are decoded in bfloat16 inside, where the language model's tables are; codes are read in float32.
-        float16 is too small for what some decoders add up."""
+        """The autocast in which pictures are decoded: bfloat16 where the language model's embeddings are in bfloat16.
+
+        Encoding stays in float32. float16 is not used, since activations of some decoders exceed its range.
+        """
         is_bfloat16 = self.dtype == torch.bfloat16
         return torch.autocast(self.device.type, torch.bfloat16, enabled=is_bfloat16)
 
     @property
     def max_length(self) -> int:
-        """The most positions a sequence may have."""
+        """The most positions of a sequence."""
         return int(self.backbone.lm.config.get_text_config().max_position_embeddings)
 
     def shares_vocabulary(self, other: UnifiedModel) -> bool:
-        """Do ids mean the same to both, pieces of text and codes of pictures? How codes look may differ."""
+        """Whether ids of text and codes mean the same in another model. Decoders of pictures may differ."""
         own_state, other_state = (
             {name: tensor for name, tensor in model.image_tokenizer.state_dict().items() if "decoder." not in name}
             for model in (self, other)
@@ -148,8 +154,17 @@ class UnifiedModel(nn.Module):
         )
 
     def set_default_sampling(self, generator: str, **options: Any) -> None:
-        """Set options of a generator's pictures, or of text, that hold where nothing else is asked for. `save` writes
-        them to unigen.json, where they may be changed. Raises ValueError for those that the generator does not take."""
+        """Set options of a generator's pictures, or of text, that hold where a request sets no others.
+
+        `save` writes them to unigen.json, where they may be edited.
+
+        Args:
+            generator: its name.
+            **options: by name, as in a request.
+
+        Raises:
+            ValueError: the generator does not take an option, or a value is out of range.
+        """
         if generator not in self.generators:
             raise ValueError(f"the model has no generator {generator!r}")
         groups = self.generators.options(generator)
@@ -166,19 +181,29 @@ class UnifiedModel(nn.Module):
         self.default_sampling[generator] = dict(options)
 
     def quantize(self, kind: str, device: str | torch.device) -> None:
-        """Keep the weights of the language model's blocks in "8bit" or "4bit", on the device (`unigen.nn.quantized`).
-        Tables, heads, generators and tokenizers stay as they are. For inference; such a model is not saved."""
+        """Quantize the weights of the language model's blocks for inference (`unigen.nn.quantized`).
+
+        Embeddings, heads, generators and tokenizers keep their weights. A quantized model cannot be saved.
+
+        Args:
+            kind: "8bit" or "4bit".
+            device: where the quantized weights are put.
+        """
         quantized.quantize(self.backbone.lm.get_decoder(), kind, device)
         self.quantization = kind
 
     def inference_copy(self) -> UnifiedModel:
-        """The model as an engine wants it, for samples during training: its backbone is a copy with packed linear maps
-        and the same tensors (`unigen.nn.cpu.linear.packed_copy`); all else is shared. Training goes on unchanged."""
+        """A copy for an engine that draws samples during training, which goes on unchanged.
+
+        Its backbone is a copy with packed linear maps and the same tensors (`unigen.nn.cpu.linear.packed_copy`). All
+        other parts are shared.
+        """
         twin = copy.copy(self)
         twin._modules = self._modules | {"backbone": packed_copy(self.backbone)}
         return twin
 
     def embed(self, ids: Tensor) -> Tensor:
+        """Ids (B, L) -> embeddings (B, L, D)."""
         return self.backbone.embed(ids)
 
     # ---------------------------------------------------------------- passes of the backbone
@@ -187,8 +212,8 @@ class UnifiedModel(nn.Module):
         """The forward pass of packed rows.
 
         Args:
-            batch: its ids are known (`insert_image_ids`).
-            spans: what generators read where they write (`Generator.prepare`).
+            batch: packed rows whose ids are known (`insert_image_ids`).
+            spans: vectors that generators read where they write (`Generator.prepare`).
 
         Returns:
             Hidden states (B, L, D) after the last norm.
@@ -199,16 +224,21 @@ class UnifiedModel(nn.Module):
         )
 
     def batch_inputs(self, batch: Batch, spans: Sequence[InputSpan] = ()) -> ModelInputs:
-        """What the backbone reads of packed rows: their ids, features of their pictures, and what generators read."""
+        """The inputs of the backbone for packed rows.
+
+        Args:
+            batch: packed rows whose ids are known.
+            spans: vectors that generators read where they write.
+        """
         return build_inputs(self, batch.ids_BL, [*self._reader_spans(batch), *spans, *self._attention_spans(batch)])
 
     def causal_hidden_states(self, batch: Batch) -> Tensor:
-        """The same where each position sees what is before it and reads its id, whoever wrote the pictures."""
+        """`hidden_states` with causal attention and ids at all positions, whichever generator wrote the pictures."""
         inputs = build_inputs(self, batch.ids_BL, self._reader_spans(batch))
         return self.backbone.forward_packed(inputs.embeds_BLD, batch.positions_BL, batch.segments_BL)
 
     def _reader_spans(self, batch: Batch) -> list[InputSpan]:
-        """What is read of the batch's pictures that are laid out for a reader. Gradients flow into trainable ones."""
+        """Features of the batch's pictures that are laid out for a reader. Gradients flow into trainable readers."""
         spans = []
         for name, reader in self.readers.items():
             images_M = batch.images_of(name)
@@ -219,25 +249,36 @@ class UnifiedModel(nn.Module):
         return spans
 
     def _attention_spans(self, batch: Batch) -> list[InputSpan]:
-        """How far the positions of the batch's pictures see, of generators that are not causal."""
+        """How far positions attend in the batch's pictures of generators that are not causal."""
         names = sorted({*batch.handlers} & {*self.generators})
         spans = [attention_span(batch, self.generators[name]) for name in names]
         return [span for span in spans if span is not None]
 
     def cached_hidden_states(self, embeds_BLD: Tensor, positions_BL: Tensor, mask: Tensor, cache: SlotCache) -> Tensor:
-        """Hidden states (B, L, D) of what each cached row reads now."""
+        """The forward pass of one step with a cache.
+
+        Args:
+            embeds_BLD: embeddings of the step.
+            positions_BL: each position in its document, from 0.
+            mask: bool (B, 1, L, K), True where a key may be seen.
+            cache: keys and values of what was read before.
+
+        Returns:
+            Hidden states (B, L, D) after the last norm.
+        """
         return self.backbone.forward_cached(embeds_BLD, positions_BL, mask, cache)
 
     def logits(self, hidden: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """Hidden states (..., D) -> scores of the ids from `start` up to `stop`."""
         return self.backbone.logits(hidden, start, stop)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        """Codes (N, h, w) of pixels (N, 3, H, W); codes are returned as they are."""
+        """Pixels (N, 3, H, W) in [-1, 1] -> codes, int64 (N, h, w). Codes are returned as they are."""
         return self.readers["codes"].encode(images) if images.is_floating_point() else images.to(self.device)
 
     def insert_image_ids(self, batch: Batch) -> Batch:
-        """The batch with the codes of its images in their places, for those that are laid out as codes."""
+        """The batch with the ids of codes in the places of the images that are laid out as codes."""
         as_codes = {
             name for name in batch.handlers if name in self.generators and self.generators[name].trains_on_codes
         }
@@ -256,13 +297,21 @@ class UnifiedModel(nn.Module):
 
     @property
     def context_reader(self) -> ImageReader:
-        """The reader of the pictures of prompts."""
+        """The reader for the pictures of prompts."""
         return self.readers["codes"] if self.vision_encoder is None else self.vision_encoder
 
     @torch.no_grad()
     def encode_document(self, document: Document) -> Document:
-        """The document with its pictures as the model's reader gives them: as codes (h, w), or as features (P, D).
-        Pictures of one size are encoded together."""
+        """Encode the pictures of a document: as codes (h, w), or as features (P, D) of the vision encoder.
+
+        Pictures of one size are encoded together.
+
+        Args:
+            document: pictures that are tensors already stay as they are.
+
+        Raises:
+            ValueError: features are not finite.
+        """
         images = [s.image for s in document.segments if s.image is not None and not isinstance(s.image, Tensor)]
         if not images:
             return document
@@ -276,7 +325,14 @@ class UnifiedModel(nn.Module):
         return replace(document, segments=segments)
 
     def preprocess_images(self, images: Sequence[Any]) -> Tensor:
-        """Pictures, all that `read_image` takes, as the model reads them: float32 (N, 3, H, W) in [-1, 1]."""
+        """Pictures as the model reads them.
+
+        Args:
+            images: all that `unigen.media.images.read_image` takes.
+
+        Returns:
+            float32 (N, 3, H, W) in [-1, 1].
+        """
         return to_pixels(images, self.image_tokenizer.image_size, self.template.preprocess)
 
     def token_ids(self, tokens: Tokens) -> list[int]:
@@ -284,20 +340,28 @@ class UnifiedModel(nn.Module):
         return self.prompt_ids(tokens).ids
 
     def prompt_ids(self, tokens: Tokens) -> PromptIds:
-        """The ids of one document whose pictures are encoded, and the spans that are features of pictures."""
+        """The ids of one document whose pictures are encoded, and the spans of features of pictures."""
         return prompt_ids(tokens, self.vocabulary, self.template)
 
     @torch.no_grad()
     def decode_images(self, codes_Nhw: Tensor) -> list[Image.Image]:
-        """PIL images of codes (N, h, w)."""
+        """Codes (N, h, w) -> PIL images."""
         return to_images(self.image_tokenizer.decode(codes_Nhw.to(self.device)))
 
     def begin_tokens(self) -> dict[str, str]:
-        """The begin token of each way of writing pictures."""
+        """The begin token of each generator of pictures, by name."""
         return {name: self.text_tokenizer.convert_ids_to_tokens(id) for name, id in self.template.begin_ids.items()}
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write the model folder; the old one, if any, is replaced only when the new one is whole."""
+        """Write the model folder. The old one, if any, is replaced only when the new one is whole.
+
+        Args:
+            folder: where to write.
+            dtype: of the weights; None: as they are.
+
+        Raises:
+            ValueError: the model is quantized.
+        """
         if self.quantization is not None:
             raise ValueError(f"{self.quantization} weights are not saved: load the model without quantization")
         manifest = {
@@ -318,5 +382,5 @@ class UnifiedModel(nn.Module):
 
 
 def rename_state(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Weights by the names of today: version 0.1 had other ones."""
+    """Weights under their names of today. Those of version 0.1 are renamed."""
     return {re.sub(r"^sight\.", "vision_encoder.", key): value for key, value in state.items()}

@@ -1,7 +1,7 @@
 """Emu3: one Llama over text and image codes, which writes pictures of any size (Wang et al. 2024, arXiv 2409.18869).
 
     <bos>{words} masterpiece, film grained, best quality.<boi>{h}*{w}<img> (w codes <eol>) x h <eof><eoi>     a picture
-    <bos>{what pictures shall not be}<boi>{h}*{w}<img> ...                                guidance's other branch
+    <bos>{negative prompt}<boi>{h}*{w}<img> ...                        guidance's unconditional branch
     <bos>You are a helpful assistant. USER: <boi>...<eoi>{question}. ASSISTANT:           an answer
 
     engine = unigen.load("Emu3-community/Emu3-Gen-hf")       # draws;  Emu3-Chat-hf answers
@@ -12,9 +12,9 @@ The size stands in the prompt as text, rows first. Public weights: not run here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -33,6 +33,9 @@ from unigen.nn.backbone import Backbone
 from unigen.tokenizers import load_image_tokenizer, text
 from unigen.tokenizers.emu3_vq import Emu3VQ
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 BOI, IMG, EOI = "<|image start|>", "<|image token|>", "<|image end|>"
 EOL, EOF = "<|extra_200|>", "<|extra_201|>"
 QUALITY_SUFFIX = " masterpiece, film grained, best quality."
@@ -43,49 +46,81 @@ NEGATIVE_PROMPT = (
 SYSTEM_PROMPT = "You are a helpful assistant. "
 IMAGE_SIZE = 720
 MIN_PIXELS, MAX_PIXELS = 512 * 512, 1024 * 1024
-"""Pixels of a picture to be read, where the folder's preprocessor_config.json does not say."""
+"""Limits of pixels of an input picture, where the folder's preprocessor_config.json has none."""
 DEFAULT_SAMPLING = {"guidance": 3.0, "temperature": 1.0, "top_k": 2048}
 
 
 class Emu3Template(PretrainedTemplate):
-    """limits: the least and the most pixels of a picture to be read; stride: pixels a code along each side."""
+    """Lays out a prompt with the size of its picture, or a chat of words and pictures."""
 
     variable_size = True
     supports_system = True
 
     def __init__(self, tokenizer: Any, stride: int, pixel_limits: tuple[int, int] = (MIN_PIXELS, MAX_PIXELS)) -> None:
+        """
+        Args:
+            tokenizer: the text tokenizer, with the special tokens.
+            stride: pixels per code along a side.
+            pixel_limits: the fewest and the most pixels of an input picture.
+
+        Raises:
+            ValueError: the tokenizer lacks special tokens.
+        """
         super().__init__(tokenizer)
         self.stride, self.pixel_limits = stride, pixel_limits
         self.special_tokens = (BOI, IMG, EOI, EOL, EOF)
-        known = {name: tokenizer.convert_tokens_to_ids(name) for name in self.special_tokens}
-        if missing := [name for name, id in known.items() if id in (None, tokenizer.unk_token_id)]:
+        special_ids = {name: tokenizer.convert_tokens_to_ids(name) for name in self.special_tokens}
+        if missing := [name for name, id in special_ids.items() if id in (None, tokenizer.unk_token_id)]:
             raise ValueError(f"the text tokenizer has no {', '.join(missing)}: it is not Emu3's")
-        self.special_ids = known
+        self.special_ids = special_ids
         self.stop_token_ids: tuple[int, ...] = (tokenizer.eos_token_id,)
         self.settings = {"min_pixels": pixel_limits[0], "max_pixels": pixel_limits[1]}
-        self.begin_ids = {self.context_generator: known[BOI]}
+        self.begin_ids = {self.context_generator: special_ids[BOI]}
 
     def layout(self, grid: tuple[int, int]) -> Layout:
-        size = self.tokenizer(f"{grid[0]}*{grid[1]}", add_special_tokens=False)["input_ids"]
-        closing = (self.special_ids[EOF], self.special_ids[EOI])
-        return Layout(grid, (*size, self.special_ids[IMG]), (self.special_ids[EOL],), closing)
+        """The layout of a picture of h x w codes among ids.
+
+        The size as text, IMG, rows of codes that end in EOL, then EOF and EOI.
+        """
+        size_ids = self.tokenizer(f"{grid[0]}*{grid[1]}", add_special_tokens=False)["input_ids"]
+        suffix = (self.special_ids[EOF], self.special_ids[EOI])
+        return Layout(grid, (*size_ids, self.special_ids[IMG]), (self.special_ids[EOL],), suffix)
 
     def preprocess(self, image: Image.Image, size: int) -> np.ndarray:
-        """The picture in its own shape, as near its size as limits and stride allow."""
+        """Resize a picture in its aspect ratio, as near to its size as the limits and the stride allow.
+
+        Args:
+            image: RGB.
+            size: not used.
+
+        Returns:
+            Pixels (H, W, 3), uint8, H and W multiples of the stride.
+        """
         from transformers.models.emu3.image_processing_emu3 import smart_resize
 
         height, width = smart_resize(image.height, image.width, self.stride, *self.pixel_limits)
         return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
 
     def prompt(self, document: Document, *, output: Output, branch: int = 0) -> Tokens:
+        """Lay out a document up to where the model goes on; see `Template.prompt`.
+
+        Raises:
+            UnsupportedError: a picture is asked for, and the prompt holds more than words.
+        """
         if output == "image":
             return self._image_prompt(document.segments, bool(branch)).build()
         prompt = self._chat_prompt(document.segments)
         return (prompt.add_template_text(" ASSISTANT:") if document.segments[-1].role == "user" else prompt).build()
 
     def encode(self, document: Document, *, uncond: bool = False, generator: str = "next-token") -> Tokens:
-        """A whole document to learn from: one that ends in a picture of the assistant's, with the words that it is
-        drawn from; else a chat, of which the assistant's answers are learnt."""
+        """Lay out a whole document for training.
+
+        Args:
+            document: where it ends in a picture of the assistant's, the loss is on that picture; else the document is
+                a chat, and the loss is on the assistant's answers.
+            uncond: lay it out for the unconditional branch of guidance.
+            generator: the generator that writes the picture.
+        """
         last = document.segments[-1]
         if last.image is None or last.role != "assistant":
             return self._chat_prompt(document.segments).add_ids([self.tokenizer.eos_token_id], loss=True).build()
@@ -93,6 +128,7 @@ class Emu3Template(PretrainedTemplate):
         return self._add_image(prompt, last, loss=True).add_ids([self.tokenizer.eos_token_id]).build()
 
     def _image_prompt(self, segments: Sequence[Segment], uncond: bool) -> text.PromptBuilder:
+        """The words of a picture with the quality suffix, or the negative prompt."""
         if any(segment.text is None for segment in segments):
             raise UnsupportedError("emu3 draws from words alone: leave pictures and classes out, or ask for text")
         prompt = text.PromptBuilder(self.tokenizer, self.special_tokens).add_ids([self.tokenizer.bos_token_id])
@@ -104,10 +140,11 @@ class Emu3Template(PretrainedTemplate):
         )
 
     def _chat_prompt(self, segments: Sequence[Segment]) -> text.PromptBuilder:
-        told, segments = split_system_messages(segments)
+        """Turns of a chat, with the loss on the assistant's words."""
+        system_text, segments = split_system_messages(segments)
         prompt = text.PromptBuilder(self.tokenizer, self.special_tokens).add_ids([self.tokenizer.bos_token_id])
-        prompt = prompt.add_user_text(f"{told} ") if told else prompt.add_template_text(SYSTEM_PROMPT)
-        role, segments = None, images_first(segments)  # as its authors lay out a question
+        prompt = prompt.add_user_text(f"{system_text} ") if system_text else prompt.add_template_text(SYSTEM_PROMPT)
+        role, segments = None, images_first(segments)  # the authors' order in a question
         for number, segment in enumerate(segments):
             if segment.label is not None:
                 raise ValueError("emu3 reads words, not classes: say it in words")
@@ -119,8 +156,8 @@ class Emu3Template(PretrainedTemplate):
             if segment.image is not None:
                 self._add_image(prompt, segment)
                 continue
-            follows = number and segments[number - 1].text and segments[number - 1].role == role
-            prompt.add_user_text(" " * bool(follows) + (segment.text or "").strip(), loss=role == "assistant")
+            follows_text = number and segments[number - 1].text and segments[number - 1].role == role
+            prompt.add_user_text(" " * bool(follows_text) + (segment.text or "").strip(), loss=role == "assistant")
             if role == "user" and (number + 1 == len(segments) or segments[number + 1].role != "user"):
                 prompt.add_template_text(".")
         return prompt
@@ -136,20 +173,29 @@ class Emu3Template(PretrainedTemplate):
         return prompt.add_ids(list(layout.suffix), loss=loss)
 
 
-def matches(folder: Path, config: dict[str, Any]) -> bool:
+def matches(folder: Path, config: Mapping[str, object]) -> bool:
+    """Whether config.json, {} where there is none, is that of this family."""
     return config.get("model_type") == "emu3"
 
 
 def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
-    """The model in `folder`, in transformers' layout or in ours, strictly. dtype: None is as it is stored."""
+    """Load the model in a folder, in transformers' layout or in ours. No tensor may be missing or left over.
+
+    Args:
+        folder: of the model.
+        dtype: of the weights; None: as they are stored.
+
+    Raises:
+        ValueError: the folder holds no whole model of this family.
+    """
     from transformers import Emu3ForCausalLM, Emu3ForConditionalGeneration, LlamaForCausalLM
 
     read_json(folder / "tokenizer_config.json")
     tokenizer = text.load(folder)
     image_tokenizer: Emu3VQ
     if (folder / MANIFEST).is_file():
-        llama = read_json(folder / CONFIG).get("model_type") == "llama"  # written by `causal_lm`
-        lm = load_pretrained(LlamaForCausalLM if llama else Emu3ForCausalLM, folder, dtype)
+        is_llama = read_json(folder / CONFIG).get("model_type") == "llama"  # written by `causal_lm`
+        lm = load_pretrained(LlamaForCausalLM if is_llama else Emu3ForCausalLM, folder, dtype)
         image_tokenizer = load_image_tokenizer(folder / "image_tokenizer")
         image_config = read_json(folder / MANIFEST).get("template", {})
     else:
@@ -170,43 +216,53 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
         tokenizer, stride, (image_config.get("min_pixels", MIN_PIXELS), image_config.get("max_pixels", MAX_PIXELS))
     )
     codes = image_tokenizer.codebook_size
-    first = tokenizer.convert_tokens_to_ids(visual_token(0))
-    if tokenizer.convert_tokens_to_ids(visual_token(codes - 1)) != first + codes - 1:
+    first_id = tokenizer.convert_tokens_to_ids(visual_token(0))
+    if tokenizer.convert_tokens_to_ids(visual_token(codes - 1)) != first_id + codes - 1:
         raise ValueError(f"{folder}: the text tokenizer does not name the {codes} image codes in a row")
-    if first + codes != lm.config.vocab_size:
+    if first_id + codes != lm.config.vocab_size:
         raise ValueError(f"{folder}: the image codes are not the last of the {lm.config.vocab_size} rows")
     forbidden = {*tokenizer.all_special_ids, *template.special_ids.values()}
-    writers: dict[str, Generator] = {
-        "text": Text(sorted(id for id in forbidden if id < first)),
+    generators: dict[str, Generator] = {
+        "text": Text(sorted(id for id in forbidden if id < first_id)),
         "next-token": NextToken(image_tokenizer.grid, row_end=1),
     }
-    model = UnifiedModel("emu3", Backbone(lm), Vocabulary(first, codes), tokenizer, image_tokenizer, template, writers)
+    model = UnifiedModel(
+        "emu3", Backbone(lm), Vocabulary(first_id, codes), tokenizer, image_tokenizer, template, generators
+    )
     model.set_default_sampling("next-token", **DEFAULT_SAMPLING)
     return model
 
 
 def visual_token(code: int) -> str:
+    """The name of an image code's token in the text tokenizer."""
     return f"<|visual token {code:06d}|>"
 
 
-def causal_lm(model: UnifiedModel) -> Any:
-    """Emu3's text model is a Llama under other names; this one shares its tensors, and is for writing."""
+def causal_lm(model: UnifiedModel) -> PreTrainedModel:
+    """Emu3's text model as the Llama that it is, under that class's names. It shares the tensors, and is for saving."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     lm = model.backbone.lm
     if isinstance(lm, LlamaForCausalLM):
         return lm
-    known = lm.config.to_dict()
-    names = [name for name in LlamaConfig().to_dict() if name in known and name not in ("architectures", "model_type")]
+    settings = lm.config.to_dict()
+    names = [
+        name for name in LlamaConfig().to_dict() if name in settings and name not in ("architectures", "model_type")
+    ]
     with torch.device("meta"):
-        llama = LlamaForCausalLM(LlamaConfig(**{name: known[name] for name in names}))
+        llama = LlamaForCausalLM(LlamaConfig(**{name: settings[name] for name in names}))
     llama.load_state_dict(lm.state_dict(), strict=True, assign=True)
     llama.generation_config = lm.generation_config
     return llama
 
 
 def save_public(model: UnifiedModel, folder: Path) -> None:
-    """Write the files of transformers' layout."""
+    """Write the files of transformers' layout.
+
+    Args:
+        model: of this family.
+        folder: exists and is empty.
+    """
     from transformers import Emu3Config, Emu3ForConditionalGeneration
 
     lm, image_tokenizer, template = model.backbone.lm, model.image_tokenizer, model.template

@@ -1,7 +1,8 @@
-"""Liquid: a plain language model whose vocabulary goes on with the codes of a VQGAN (Wu et al. 2024, arXiv 2412.04332).
+"""Liquid: a plain language model whose vocabulary is extended by the codes of a VQGAN (Wu et al. 2024,
+arXiv 2412.04332).
 
     <bos>{words} Generate an image based on this description.<boi> 1024 codes <eoi><eos>      a picture
-    <bos><unconditional><boi> ...                                                             guidance's other branch
+    <bos><unconditional><boi> ...                                             guidance's unconditional branch
     <bos><start_of_turn>user\n<boi> codes <eoi>\n{question}<end_of_turn>\n<start_of_turn>model\n    an answer
 
     engine = unigen.load("Junfeng5/Liquid_V1_7B")     # Gemma-7B; Llama and Qwen in this layout work alike
@@ -13,9 +14,9 @@ The image tokenizer is Chameleon's, which is not in Liquid's repository: it is l
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -32,10 +33,13 @@ from unigen.model.unified import UnifiedModel
 from unigen.nn.backbone import Backbone
 from unigen.tokenizers import text, vqgan
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 BOI, EOI, UNCOND = "<boi>", "<eoi>", "<unconditional>"
 INSTRUCTION = " Generate an image based on this description."
 PAD_COLOR = (122, 116, 104)
-"""What a picture to be read is laid on to make it square."""
+"""RGB colour of the margins that make an input picture square."""
 IMAGE_SIZE = 512
 DEFAULT_SAMPLING = {"guidance": 7.0, "temperature": 0.99, "top_k": 4096, "top_p": 0.96}
 CHAT_TEMPLATE = (
@@ -44,47 +48,74 @@ CHAT_TEMPLATE = (
     "{{ '<end_of_turn>\n' + ('<eos>' if message['role'] == 'assistant' else '') }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
-"""Gemma's turns as Liquid was tuned on them, for tokenizers that bring no chat template."""
+"""Gemma's turns as Liquid was tuned on them, for tokenizers without a chat template."""
 _SEGMENT_PLACEHOLDER = re.compile("\ue000(\\d+)\ue001")
-"""Stands for a segment while a chat is rendered: private characters, that no template holds."""
+"""Stands for a segment while a chat is rendered. It is of private-use characters, which no template contains."""
 
 
 class LiquidTemplate(PretrainedTemplate):
-    """Pictures are drawn from words alone; answers are given to a chat of words and pictures."""
+    """Lays out the words that a picture is drawn from, or a chat of words and pictures by the tokenizer's chat
+    template."""
 
     supports_system = True
 
-    def __init__(self, tokenizer: Any, image_length: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, image_length: int) -> None:
+        """
+        Args:
+            tokenizer: the text tokenizer, with Liquid's tokens. It gets `CHAT_TEMPLATE` where it has Gemma's turns and
+                no chat template; without a chat template the model only draws.
+            image_length: codes of a picture.
+        """
         super().__init__(tokenizer)
         self.image_length = image_length
-        known = tokenizer.get_vocab()
-        ends = [name for name in ("<end_of_turn>", "<|im_end|>", "<|eot_id|>", tokenizer.eos_token) if name in known]
-        self.stop_token_ids = tuple(known[name] for name in dict.fromkeys(ends))
-        self.image_end_id: int = known[EOI]
-        self.begin_ids = {self.context_generator: known[BOI]}
-        if tokenizer.chat_template is None and "<start_of_turn>" in known:
+        vocab = tokenizer.get_vocab()
+        ends = [name for name in ("<end_of_turn>", "<|im_end|>", "<|eot_id|>", tokenizer.eos_token) if name in vocab]
+        self.stop_token_ids = tuple(vocab[name] for name in dict.fromkeys(ends))
+        self.image_end_id: int = vocab[EOI]
+        self.begin_ids = {self.context_generator: vocab[BOI]}
+        if tokenizer.chat_template is None and "<start_of_turn>" in vocab:
             tokenizer.chat_template = CHAT_TEMPLATE
         if tokenizer.chat_template is None:
             self.outputs = ("image",)
 
     def layout(self, grid: tuple[int, int]) -> Layout:
+        """The layout of a picture of h x w codes among ids: codes in raster order, then EOI."""
         return Layout(grid, suffix=(self.image_end_id,))
 
     def preprocess(self, image: Image.Image, size: int) -> np.ndarray:
-        """The whole picture on a square of `PAD_COLOR`, resized."""
+        """Pad a picture to a square with `PAD_COLOR`, then resize it.
+
+        Args:
+            image: RGB.
+            size: pixels along a side.
+
+        Returns:
+            Pixels (size, size, 3), uint8.
+        """
         side = max(image.size)
-        paper = Image.new("RGB", (side, side), PAD_COLOR)
-        paper.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-        return center_crop_resize(paper, size)
+        canvas = Image.new("RGB", (side, side), PAD_COLOR)
+        canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        return center_crop_resize(canvas, size)
 
     def prompt(self, document: Document, *, output: Output, branch: int = 0) -> Tokens:
+        """Lay out a document up to where the model goes on; see `Template.prompt`.
+
+        Raises:
+            UnsupportedError: a picture is asked for, and the prompt holds more than words.
+        """
         if output == "image":
             return self._image_prompt(document.segments, bool(branch)).build()
         return self._chat_prompt(document.segments).build()
 
     def encode(self, document: Document, *, uncond: bool = False, generator: str = "next-token") -> Tokens:
-        """A whole document to learn from: one that ends in a picture of the assistant's, with the words that it is
-        drawn from; else a chat, of which the assistant's answers are learnt."""
+        """Lay out a whole document for training.
+
+        Args:
+            document: where it ends in a picture of the assistant's, the loss is on that picture; else the document is
+                a chat, and the loss is on the assistant's answers.
+            uncond: lay it out for the unconditional branch of guidance.
+            generator: the generator that writes the picture.
+        """
         last = document.segments[-1]
         if last.image is None or last.role != "assistant":
             return self._chat_prompt(document.segments).build()
@@ -96,6 +127,7 @@ class LiquidTemplate(PretrainedTemplate):
         return prompt.add_ids([self.image_end_id, self.tokenizer.eos_token_id], loss=True).build()
 
     def _image_prompt(self, segments: Sequence[Segment], uncond: bool) -> text.PromptBuilder:
+        """The words of a picture with the instruction, or the unconditional token."""
         if any(segment.image is not None for segment in segments):
             raise UnsupportedError("liquid draws from words alone: leave the picture out, or ask for text about it")
         if any(segment.label is not None for segment in segments):
@@ -109,18 +141,18 @@ class LiquidTemplate(PretrainedTemplate):
         )
 
     def _chat_prompt(self, segments: Sequence[Segment]) -> text.PromptBuilder:
-        """Turns as the tokenizer's chat template lays them out, answered where the assistant speaks last."""
-        told, segments = split_system_messages(segments)
-        segments = [Segment(text=told, role="system"), *segments] if told else segments
+        """Turns in the tokenizer's chat template, with the loss on the assistant's words and the end of its turn."""
+        system_text, segments = split_system_messages(segments)
+        segments = [Segment(text=system_text, role="system"), *segments] if system_text else segments
         messages: list[dict[str, Any]] = []
         for number, segment in enumerate(segments):
-            slot = f"\ue000{number}\ue001"
+            placeholder = f"\ue000{number}\ue001"
             if messages and messages[-1]["role"] == segment.role:
-                messages[-1]["content"] += "\n" + slot
+                messages[-1]["content"] += "\n" + placeholder
             else:
-                messages.append({"role": segment.role, "content": slot})
+                messages.append({"role": segment.role, "content": placeholder})
 
-        def render(messages: Any) -> str:
+        def render(messages: list[dict[str, Any]]) -> str:
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
 
         messages = text.merge_system_message(messages, render)
@@ -128,42 +160,55 @@ class LiquidTemplate(PretrainedTemplate):
             messages, tokenize=False, add_generation_prompt=messages[-1]["role"] == "user"
         )
         prompt = text.PromptBuilder(self.tokenizer)
-        learnt = False
+        has_loss = False
         for number, piece in enumerate(_SEGMENT_PLACEHOLDER.split(rendered)):
             if number % 2 == 0:
-                ends = learnt and re.match(r"<[^>]+>", piece)
-                prompt.add_template_text(piece[: ends.end()] if ends else "", loss=True).add_template_text(
-                    piece[ends.end() if ends else 0 :]
+                turn_end = has_loss and re.match(r"<[^>]+>", piece)
+                prompt.add_template_text(piece[: turn_end.end()] if turn_end else "", loss=True).add_template_text(
+                    piece[turn_end.end() if turn_end else 0 :]
                 )
                 continue
             segment = segments[int(piece)]
-            learnt = segment.role == "assistant"
+            has_loss = segment.role == "assistant"
             if segment.image is not None:
                 prompt.add_template_text(BOI).add_image(segment.image, self.image_length).add_template_text(EOI)
             elif segment.label is not None:
                 raise ValueError("liquid draws words, not classes: say it in words")
             else:
-                prompt.add_user_text((segment.text or "").strip(), loss=learnt)
+                prompt.add_user_text((segment.text or "").strip(), loss=has_loss)
         return prompt
 
 
-def matches(folder: Path, config: dict[str, Any]) -> bool:
-    """Is this a causal language model whose tokenizer has Liquid's three tokens?"""
+def matches(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Whether the folder holds a causal language model whose tokenizer has Liquid's three tokens.
+
+    Args:
+        folder: the model folder, without our unigen.json.
+        config: the contents of its config.json, {} where there is none.
+    """
     if not str(next(iter(config.get("architectures") or []), "")).endswith("ForCausalLM"):
         return False
     path = folder / "tokenizer.json"
     return path.is_file() and all(f'"{name}"' in path.read_text(encoding="utf-8") for name in (BOI, EOI, UNCOND))
 
 
-def check_supported(folder: Path, config: dict[str, Any]) -> None:
-    """Raise ValueError for a language model that is not computed here as it should be."""
+def check_supported(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse Liquid on a language model with parts that are not computed here.
+
+    Args:
+        folder: the model folder, for the error.
+        config: the contents of its config.json.
+
+    Raises:
+        ValueError: the model is not supported; the message names those that are.
+    """
     from transformers import AutoConfig
 
     text_config = AutoConfig.for_model(**config).get_text_config()
-    windowed = "sliding_attention" in (getattr(text_config, "layer_types", None) or ())
-    capped = getattr(text_config, "final_logit_softcapping", None)
-    if windowed or capped or getattr(text_config, "logit_scale", None) not in (None, 1.0):
-        reason = "attends in windows" if windowed else "caps or scales its logits"
+    has_windows = "sliding_attention" in (getattr(text_config, "layer_types", None) or ())
+    logit_cap = getattr(text_config, "final_logit_softcapping", None)
+    if has_windows or logit_cap or getattr(text_config, "logit_scale", None) not in (None, 1.0):
+        reason = "attends in windows" if has_windows else "caps or scales its logits"
         kind = text_config.model_type
         raise ValueError(
             f"{folder} is Liquid on {kind}, which {reason} and is not supported: Gemma, Llama and Qwen are"
@@ -171,7 +216,15 @@ def check_supported(folder: Path, config: dict[str, Any]) -> None:
 
 
 def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
-    """The model in `folder`, in the public layout or in ours, strictly. dtype: None is as it is stored."""
+    """Load the model in a folder, in the public layout or in ours. No tensor may be missing or left over.
+
+    Args:
+        folder: of the model.
+        dtype: of the weights; None: as they are stored.
+
+    Raises:
+        ValueError: the folder holds no whole model of this family.
+    """
     from transformers import AutoModelForCausalLM
 
     tokenizer = text.load(folder)
@@ -184,22 +237,27 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
         raise ValueError(f"{folder}: a table of {lm.config.vocab_size} rows does not hold {sizes}")
     height, width = image_tokenizer.grid
     template = LiquidTemplate(tokenizer, height * width)
-    writers: dict[str, Generator] = {
+    generators: dict[str, Generator] = {
         "text": Text(sorted(set(tokenizer.all_special_ids) | {*template.begin_ids.values(), template.image_end_id})),
         "next-token": NextToken(image_tokenizer.grid),
     }
-    model = UnifiedModel("liquid", Backbone(lm), vocabulary, tokenizer, image_tokenizer, template, writers)
+    model = UnifiedModel("liquid", Backbone(lm), vocabulary, tokenizer, image_tokenizer, template, generators)
     model.set_default_sampling("next-token", **DEFAULT_SAMPLING)
     return model
 
 
-def causal_lm(model: UnifiedModel) -> Any:
-    """It is one: codes are further rows of its table."""
+def causal_lm(model: UnifiedModel) -> PreTrainedModel:
+    """The language model itself: codes are further rows of its table."""
     return model.backbone.lm
 
 
 def save_public(model: UnifiedModel, folder: Path) -> None:
-    """Write the files of the public layout, the image tokenizer's beside them."""
+    """Write the files of the public layout, the image tokenizer's beside them.
+
+    Args:
+        model: of this family.
+        folder: exists and is empty.
+    """
     with silence_transformers():
         model.backbone.lm.save_pretrained(folder)
     text.save(model.text_tokenizer, folder)

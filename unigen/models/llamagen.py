@@ -1,6 +1,6 @@
 """LlamaGen: a Llama that draws classes or words, code after code (Sun et al. 2024, arXiv 2406.06525).
 
-    {class} 256 codes            a picture;        {1000} 256 codes                guidance's other branch
+    {class} 256 codes            a picture;        {1000} 256 codes                guidance's unconditional branch
     {words}</s> 1024 codes       a picture;        the last of 120 vectors, as many as the pieces, 1024 codes
 
     engine = unigen.load("FoundationVision/LlamaGen:c2i_B_256")       # and every other c2i_* there
@@ -8,28 +8,25 @@
     engine = unigen.load("peizesun/llamagen_t2i:t2i_XL_stage2_512")   # and t2i_XL_stage1_256
     engine.generate("a blue car in front of a yellow wall")
 
-Rotary positions are of two dimensions: the first half of a head turns with the row of a code, the second with its
-column; the condition has none, its queries and keys are multiplied by zero. Classes stand before the codes in our
-vocabulary, or T5's pieces and then the vectors of no words. Words are read by the encoder of flan-t5-xl, which is not
-in LlamaGen's repository: it is looked for in the model's folder (flan-t5-xl/), else fetched from the hub. LlamaGen pads
-its features to 120 on the left and hides the padding; as the condition has no positions, here it is left out. Public
-weights: not run here.
-
-Shapes: B rows, L positions, D width, E head width, F width of the text encoder.
+Rotary positions have two axes: the first half of a head rotates by the row of a code, the second by its column. The
+condition has no position: its queries and keys are multiplied by zero. In our vocabulary the ids of classes precede
+those of codes, or the ids of T5's pieces and then of the unconditional vectors do. Words are encoded by flan-t5-xl,
+which is not in LlamaGen's repository: it is looked for in the model's folder (flan-t5-xl/), else fetched from the hub.
+LlamaGen pads T5's features to 120 on the left and masks the padding. As the condition has no positions, the padding is
+left out here. Public weights: not run here.
 """
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote_plus
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from unigen.batch import Tokens, Vocabulary
 from unigen.config import save_json
@@ -40,22 +37,22 @@ from unigen.hub.resolve import CONFIG, MANIFEST, fetch_snapshot, find_component,
 from unigen.hub.weights import load_strict, read_tensors, read_weights, rename_key, select_checkpoint, write_tensors
 from unigen.model.template import ClassTemplate, ImageOnlyTemplate, Output, UnsupportedError
 from unigen.model.unified import UnifiedModel
-from unigen.nn.backbone import Backbone
-from unigen.nn.cache import SlotCache
+from unigen.nn.llamagen import ClassBackbone, LlamaGenBackbone, TextBackbone
 from unigen.tokenizers import ImageTokenizer, load_image_tokenizer, text, vqgan
+from unigen.utils.captions import clean_caption
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig
+    from transformers import LlamaConfig, PreTrainedTokenizerBase
 
-ROPE_THETA = 10_000.0
 HEAD_DIMS = {768: 64, 1024: 64, 1280: 64, 1536: 64, 2048: 64, 2560: 64, 3200: 100, 4096: 128}
-"""Width of a head by the width of the model, for all published sizes (B to XXXL, 1B to 7B); the checkpoints do not
-store the number of heads."""
+"""Head width by model width, for all published sizes (B to XXXL, 1B to 7B). The checkpoints do not store the number of
+heads."""
 TOKENIZERS = {"c2i": "vq_ds16_c2i.pt", "t2i": "vq_ds16_t2i.pt"}
-"""Of models that draw classes, and words."""
+"""Files of the image tokenizers of class-conditional and text-conditional models."""
 STRIDE = 16
+"""Pixels per code along a side."""
 TEXT_ENCODER, TEXT_FOLDER = "google/flan-t5-xl", "flan-t5-xl"
-"""Where the hub has what reads words, and where a model's folder may have it."""
+"""The text encoder's repository on the hub, and its folder in a model's folder."""
 DEFAULT_SAMPLING = {
     "c2i": {"guidance": 4.0, "temperature": 1.0, "top_k": 2000},
     "t2i": {"guidance": 7.5, "temperature": 1.0, "top_k": 1000},
@@ -70,208 +67,58 @@ MULTI_MODEL_REPOS = {
         name: (f"{name}.pt", TOKENIZERS["t2i"]) for name in ("t2i_XL_stage1_256", "t2i_XL_stage2_512")
     },
 }
-"""Repositories of the hub that hold several models: the files of each."""
+"""Repositories of the hub that hold several models: the files of each, by variant."""
 WEIGHT_PATTERNS = ("[ct]2i_*.pt", *TOKENIZERS.values())
-"""Files by which a folder is known."""
-
-
-class Rotary2D(nn.Module):
-    """cos and sin (B, L, E) of positions: the condition's are zero, a code's are of its row and its column.
-
-    theta_p = base^(-2p / (E/2)), p = 0 .. E/4 - 1; pair p turns by row theta_p, pair E/4 + p by column theta_p.
-    """
-
-    def __init__(self, side: int, width: int) -> None:
-        super().__init__()
-        half_width = width // 2
-        theta = ROPE_THETA ** (-torch.arange(0, half_width, 2).float() / half_width)
-        turns = torch.outer(torch.arange(side).float(), theta)  # (side, E/4)
-        rows, columns = turns[:, None].expand(-1, side, -1), turns[None].expand(side, -1, -1)
-        angles = torch.cat((rows, columns), -1).flatten(0, 1)  # (side * side, E/2)
-        angles = torch.cat((angles, angles), -1)
-        zeros = torch.zeros(1, width)
-        self.register_buffer("cos", torch.cat((zeros, angles.cos())), persistent=False)
-        self.register_buffer("sin", torch.cat((zeros, angles.sin())), persistent=False)
-        self.cos: Tensor
-        self.sin: Tensor
-
-    @torch.no_grad()
-    def forward(self, x_BLD: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        positions_BL = position_ids.clamp(max=len(self.cos) - 1)  # rows that are done go on reading
-        return self.cos[positions_BL].to(x_BLD.dtype), self.sin[positions_BL].to(x_BLD.dtype)
-
-
-class LlamaGenBackbone(Backbone):
-    """A Llama whose table and head are of codes alone. before: how many ids, of what pictures are drawn from, stand
-    before them."""
-
-    def __init__(self, lm: Any, num_condition_ids: int, side: int) -> None:
-        super().__init__(lm)
-        self.num_condition_ids = num_condition_ids
-        lm.model.rotary_emb = Rotary2D(side, lm.config.head_dim)
-
-    def embed_condition(self, ids_BL: Tensor) -> Tensor:
-        """Embeddings (B, L, D) of the ids before the codes; of codes anything."""
-        raise TypeError("a backbone of LlamaGen's defines condition()")
-
-    def embed(self, ids_BL: Tensor) -> Tensor:
-        codes_BL = ids_BL - self.num_condition_ids
-        table = self.lm.get_input_embeddings()
-        if bool((codes_BL >= 0).all()):
-            return table(codes_BL)  # type: ignore[no-any-return]
-        return torch.where((codes_BL >= 0)[..., None], table(codes_BL.clamp(min=0)), self.embed_condition(ids_BL))
-
-    def logits(self, hidden: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        return super().logits(
-            hidden, max(0, start - self.num_condition_ids), None if stop is None else stop - self.num_condition_ids
-        )
-
-
-class ClassBackbone(LlamaGenBackbone):
-    """Before the codes stand classes."""
-
-    def __init__(self, lm: Any, classes: int, side: int) -> None:
-        super().__init__(lm, classes, side)
-        self.classes = nn.Embedding(classes, self.width)
-
-    def embed_condition(self, ids_BL: Tensor) -> Tensor:
-        return self.classes(ids_BL.clamp(max=self.num_condition_ids - 1))  # type: ignore[no-any-return]
-
-
-class TextBackbone(LlamaGenBackbone):
-    """Before the codes stand the pieces of T5, whose encoder reads each prompt up to its end, and `most` vectors that
-    are read where there are no words; two layers take what T5 makes of them to the Llama. T5 is frozen."""
-
-    def __init__(self, lm: Any, settings: Mapping[str, Any], max_prompt_length: int, side: int) -> None:
-        from transformers import T5Config, T5EncoderModel
-
-        config = T5Config(**{**settings, "dropout_rate": 0.0})
-        if not isinstance(config.eos_token_id, int):
-            raise ValueError(f"the config of T5 has no id of its end (eos_token_id): {config.eos_token_id!r}")
-        self.text_vocab_size, self.max_prompt_length = config.vocab_size, max_prompt_length
-        self.eos_id, self.num_codes = config.eos_token_id, side * side
-        super().__init__(lm, self.text_vocab_size + max_prompt_length, side)
-        self.encoder = T5EncoderModel(config).encoder.requires_grad_(False)
-        self.wordless = nn.Embedding(max_prompt_length, config.d_model).requires_grad_(False)
-        self.project = nn.Sequential(
-            nn.Linear(config.d_model, self.width, bias=False),
-            nn.GELU("tanh"),
-            nn.Linear(self.width, self.width, bias=False),
-        )
-
-    def embed_condition(self, ids_BL: Tensor) -> Tensor:
-        f_BLF = self.wordless((ids_BL - self.text_vocab_size).clamp(0, self.max_prompt_length - 1))
-        for row, start, stop in self.prompt_spans(ids_BL):
-            encoded_1LF = self.encoder(input_ids=ids_BL[row : row + 1, start:stop]).last_hidden_state
-            f_BLF[row, start:stop] = encoded_1LF[0].to(f_BLF.dtype)
-        return self.project(f_BLF)  # type: ignore[no-any-return]
-
-    def prompt_spans(self, ids_BL: Tensor) -> Iterator[tuple[int, int, int]]:
-        """Row, start and stop of every run of pieces that has an end; what has none is padding."""
-        for row, ids in enumerate(ids_BL.tolist()):
-            start = 0
-            for index, id in enumerate(ids):
-                if id == self.eos_id:
-                    yield row, start, index + 1
-                if id == self.eos_id or id >= self.text_vocab_size:
-                    start = index + 1
-
-    def forward_cached(
-        self, embeds_BLD: Tensor, positions_BL: Tensor, mask: Tensor, cache: SlotCache | None = None
-    ) -> Tensor:
-        """Codes are counted from the end of the prompt. That is what a slot held when it was first read again."""
-        assert cache is not None
-        for row, length in zip(cache.step.slots, cache.step.lengths, strict=True):
-            if length:
-                cache.slot_state.setdefault(row, torch.tensor(length))
-        step_end = torch.tensor(positions_BL.shape[1])  # a prompt that is being read ends with the step
-        prompts_B = torch.stack([cache.slot_state.get(row, step_end) for row in cache.step.slots]).to(
-            positions_BL.device
-        )
-        places_BL = (positions_BL - prompts_B[:, None] + 1).clamp(min=0)
-        return super().forward_cached(embeds_BLD, places_BL, mask, cache)
-
-    def forward_packed(
-        self, embeds_BLD: Tensor, positions_BL: Tensor, segments_BL: Tensor, attend_until_BL: Tensor | None = None
-    ) -> Tensor:
-        """The same of documents that end in a whole picture."""
-        lengths_BL = (segments_BL[:, :, None] == segments_BL[:, None]).sum(-1)
-        places_BL = (positions_BL - lengths_BL + self.num_codes + 1).clamp(min=0)
-        return super().forward_packed(embeds_BLD, places_BL, segments_BL, attend_until_BL)
-
-
-_DOMAIN_SUFFIX = r"(?:[\w-]+\.)*(?:com|co|ru|net|org|edu|gov|it|png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4)"
-"""What follows a dot in an address, and in the name of a file."""
-_PUNCTUATION_RULES = (
-    (r"[-\u2010-\u2015]+", "-"),
-    (r"[`´«»“”¨]", '"'),
-    (r"[‘’]", "'"),
-    (r"[\"']{2,}", '"'),
-    (r"\.{2,}", " "),
-    (r"[#®•©™&@·º½¾¿¡§~(){}|\\/*\[\]]+", " "),
-    (r"\s+\.\s+", " "),
-)
-_SPACE_RULES = (
-    (r"\b\s+:\s+", ": "),
-    (rf"(\D(?:,|\.(?!{_DOMAIN_SUFFIX}\b)))\b", r"\1 "),
-    (r"\s+", " "),
-)
-_EDGE_RULES = (
-    (r"^[\"'](.+)[\"']$", r"\1"),
-    (r"^['_,:;-]", ""),
-    (r"['_,:+-]$", ""),
-)
-"""What captions were rid of in training, as far as prompts have it, in this order; between the first two hyphens, where
-there are more than three."""
-
-
-def clean_caption(words: str) -> str:
-    """The words as captions were in training: lower case, typographic marks made plain, others left out, plus signs as
-    spaces. Differently, what else captions of the web were rid of is read here: addresses and names of files and people
-    (x.com, a.png, @me), numbers of articles and pages, sizes (3x4), names as r2d2, words of shops (free shipping),
-    Chinese characters; marks in them are made plain like all others. Entities (&amp;) and damaged letters are not
-    repaired."""
-    for _ in range(2):  # as in training
-        words = unquote_plus(words).strip().lower()
-        for pattern, replacement in _PUNCTUATION_RULES:
-            words = re.sub(pattern, replacement, words)
-        if len(re.findall(r"[-_]", words)) > 3:
-            words = re.sub(r"[-_]", " ", words)
-        words = words.strip()
-        for pattern, replacement in (*_SPACE_RULES, *_EDGE_RULES):
-            words = re.sub(pattern, replacement, words)
-        words = words.strip()
-    return words
+"""Patterns of the weight files by which a folder is recognized."""
 
 
 class TextTemplate(ImageOnlyTemplate):
-    """Of models that draw words: a prompt is T5's pieces and its end, at most `most`; guidance's other branch as many
-    of the vectors that stand after the pieces, the last ones."""
+    """Lays out prompts of text-conditional models: T5's pieces and its end. Guidance's other branch has as many of the
+    unconditional vectors, the last ones.
+    """
 
     def __init__(
-        self, tokenizer: Any, eos_id: int, text_vocab_size: int, max_prompt_length: int, num_codes: int
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        eos_id: int,
+        text_vocab_size: int,
+        max_prompt_length: int,
+        num_codes: int,
     ) -> None:
+        """
+        Args:
+            tokenizer: T5's.
+            eos_id: the id that ends a prompt.
+            text_vocab_size: ids of T5; those of the unconditional vectors follow.
+            max_prompt_length: the most ids of a prompt, its end among them.
+            num_codes: codes of a picture.
+        """
         super().__init__(tokenizer, num_codes)
         self.eos_id, self.text_vocab_size, self.max_prompt_length = eos_id, text_vocab_size, max_prompt_length
 
     def prompt(self, document: Document, *, output: Output, branch: int = 0) -> Tokens:
+        """Lay out a document up to where the model goes on; see `Template.prompt`.
+
+        Raises:
+            UnsupportedError: the document holds a picture.
+            ValueError: it holds a class, or its words are too long.
+        """
         if any(segment.image is not None for segment in document.segments):
             raise UnsupportedError("llamagen draws from words alone: leave the picture out")
         if any(segment.label is not None for segment in document.segments):
             raise ValueError("this model draws words, not classes: say what to draw in words")
-        text_folder = clean_caption(" ".join((segment.text or "").strip() for segment in document.segments))
-        tokens = text.PromptBuilder(self.tokenizer).add_user_text(text_folder).add_ids([self.eos_id]).build()
+        caption = clean_caption(" ".join((segment.text or "").strip() for segment in document.segments))
+        tokens = text.PromptBuilder(self.tokenizer).add_user_text(caption).add_ids([self.eos_id]).build()
         if len(tokens) > self.max_prompt_length:
             raise ValueError(
                 f"the prompt has {len(tokens)} pieces, the model reads {self.max_prompt_length}: shorten it"
             )
         if branch:
-            last = self.text_vocab_size + self.max_prompt_length
-            tokens.ids = list(range(last - len(tokens), last))
+            stop = self.text_vocab_size + self.max_prompt_length
+            tokens.ids = list(range(stop - len(tokens), stop))
         return tokens
 
 
-# what a tensor is called in a public file, and here
 _KEY_RENAMES = (
     ("cls_embedding.embedding_table.", "classes."),
     ("cls_embedding.uncond_embedding", "wordless.weight"),
@@ -282,6 +129,7 @@ _KEY_RENAMES = (
     ("norm.", "lm.model.norm."),
     ("layers.", "lm.model.layers."),
 )
+"""Prefixes of the names of tensors in a public file, and here."""
 _LAYER_KEYS = (
     (".attention_norm.", ".input_layernorm."),
     (".ffn_norm.", ".post_attention_layernorm."),
@@ -291,19 +139,40 @@ _LAYER_KEYS = (
     (".feed_forward.w3.", ".mlp.up_proj."),
     (".feed_forward.w2.", ".mlp.down_proj."),
 )
+"""Parts of the names of a layer's tensors in a public file, and here."""
 _T5_KEYS = (("shared.", "encoder.embed_tokens."),)
-"""Of T5, in its own folder and here."""
+"""Prefixes of the names of T5's tensors in its own folder, and here."""
 
 
 def permute_rotary(weight: Tensor, head_dim: int, back: bool = False) -> Tensor:
-    """Rows of queries or keys with the pairs that turn together half a head apart, not side by side (or back)."""
+    """Permute rows of queries or keys between the two layouts of rotary pairs.
+
+    Args:
+        weight: rows of queries or keys, (heads * head_dim, ...), in which the two of a pair are adjacent.
+        head_dim: width of a head.
+        back: take a weight in which they are half a head apart, and make them adjacent.
+
+    Returns:
+        The weight with the two of a pair half a head apart; adjacent with `back`.
+    """
     shape = (-1, 2, head_dim // 2) if back else (-1, head_dim // 2, 2)
     return weight.unflatten(0, shape).transpose(1, 2).flatten(0, 2).contiguous()
 
 
 def infer_head_dim(state: Mapping[str, Tensor], config: Mapping[str, Any], source: Path) -> int:
-    """How wide a head of attention is: of the file's table of positions, of `n_head` in the folder's config.json, or
-    as in the published model of this width; a width that is none of theirs is taken to have heads of 64, and said."""
+    """The width of an attention head.
+
+    It follows from the file's table of positions, from `n_head` in the folder's config.json, or from the published
+    model of the same width. Where there is none, it is 64, with a warning.
+
+    Args:
+        state: tensors by their public names.
+        config: the folder's config.json.
+        source: of the file, for errors.
+
+    Raises:
+        ValueError: `n_head` does not divide the width.
+    """
     width = state["tok_embeddings.weight"].shape[1]
     if "freqs_cis" in state:
         return 2 * state["freqs_cis"].shape[1]
@@ -322,40 +191,51 @@ def infer_head_dim(state: Mapping[str, Tensor], config: Mapping[str, Any], sourc
 
 
 def from_public(state: Mapping[str, Tensor], head_dim: int) -> dict[str, Tensor]:
-    """The tensors of a public file by their names here. Keys and values may have fewer heads than queries."""
-    ours: dict[str, Tensor] = {}
+    """The tensors of a public file by their names here.
+
+    Args:
+        state: tensors by their public names.
+        head_dim: width of a head. Keys and values may have fewer heads than queries.
+    """
+    renamed_state: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if name == "freqs_cis":
             continue
         name = rename_key(name, _KEY_RENAMES, _LAYER_KEYS)
         if ".qkv_proj." in name:
-            queries = tensor.shape[1]
-            query, key, value = tensor.split([queries, *[(len(tensor) - queries) // 2] * 2])
+            query_rows = tensor.shape[1]
+            query, key, value = tensor.split([query_rows, *[(len(tensor) - query_rows) // 2] * 2])
             parts = {"q": permute_rotary(query, head_dim), "k": permute_rotary(key, head_dim), "v": value}
-            ours |= {name.replace("qkv_proj", f"{part}_proj"): rows for part, rows in parts.items()}
+            renamed_state |= {name.replace("qkv_proj", f"{part}_proj"): rows for part, rows in parts.items()}
         else:
-            ours[name] = tensor
-    return ours
+            renamed_state[name] = tensor
+    return renamed_state
 
 
 def to_public(state: Mapping[str, Tensor], head_dim: int) -> dict[str, Tensor]:
-    """The same tensors by their public names."""
-    theirs: dict[str, Tensor] = {}
+    """The tensors of a backbone by their public names, without the text encoder's: the inverse of
+    `from_public`."""
+    public_state: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if name.startswith("encoder.") or re.search(r"\.[kv]_proj\.", name):
-            continue  # has a folder of its own, or goes with the queries
+            continue  # stored in a folder of its own, or with the queries
         if ".q_proj." in name:
             key, value = (state[name.replace("q_proj", f"{part}_proj")] for part in "kv")
             tensor = torch.cat(
                 (permute_rotary(tensor, head_dim, back=True), permute_rotary(key, head_dim, back=True), value)
             )
             name = name.replace("q_proj", "qkv_proj")
-        theirs[rename_key(name, _KEY_RENAMES, _LAYER_KEYS, inverse=True)] = tensor
-    return theirs
+        public_state[rename_key(name, _KEY_RENAMES, _LAYER_KEYS, inverse=True)] = tensor
+    return public_state
 
 
-def matches(folder: Path, config: dict[str, Any]) -> bool:
-    """A folder with a file of a model, or of its image tokenizer, and without the config.json of another."""
+def matches(folder: Path, config: Mapping[str, object]) -> bool:
+    """Whether the folder has a file of a model or its image tokenizer, and no config.json of another family.
+
+    Args:
+        folder: the model folder, without our unigen.json.
+        config: the contents of its config.json, {} where there is none.
+    """
     has_weight_file = any(
         list(folder.glob(f"{kind}_*.pt")) or (folder / file).is_file() for kind, file in TOKENIZERS.items()
     )
@@ -364,28 +244,29 @@ def matches(folder: Path, config: dict[str, Any]) -> bool:
 
 @dataclass
 class _Checkpoint:
-    """What a folder of either layout holds."""
+    """The contents of a folder in either layout."""
 
     kind: str
-    """ "c2i" draws classes, "t2i" words."""
+    """Whether the model draws classes, "c2i", or words, "t2i"."""
     config: LlamaConfig
+    """The config of the language model; `config.t5` is that of the text encoder."""
     state: dict[str, Tensor]
     """Tensors of the backbone by their names here."""
     image_tokenizer: ImageTokenizer
     text_folder: Path
-    """Has the text tokenizer, of models that draw words."""
+    """The folder with the text tokenizer of a model that draws words."""
 
 
 def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) -> UnifiedModel:
-    """The model in a folder, in the public layout or in ours. No tensor may be missing or left over.
+    """Load the model in a folder, in the public layout or in ours. No tensor may be missing or left over.
 
     Args:
         folder: of the model.
         dtype: of the weights; None: as they are stored.
-        variant: the name of the file, where there are several.
+        variant: the name of the file without its extension, where there are several.
 
     Raises:
-        ValueError: the folder holds no such model, or is damaged.
+        ValueError: the folder holds no whole model of this family.
     """
     from transformers import LlamaForCausalLM
     from transformers.initialization import no_init_weights
@@ -402,7 +283,7 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
             backbone = ClassBackbone(lm, len(state["classes.weight"]), side)
             template = ClassTemplate(backbone.num_condition_ids - 1, side * side)
         else:
-            read_json(checkpoint.text_folder / "tokenizer.json")  # without it a tokenizer of no words would be made
+            read_json(checkpoint.text_folder / "tokenizer.json")  # without it the tokenizer would be empty
             tokenizer = text.load(checkpoint.text_folder, newlines=False)
             max_prompt_length = len(state["wordless.weight"])
             backbone = TextBackbone(lm, checkpoint.config.t5, max_prompt_length, side)
@@ -411,7 +292,7 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
             )
     backbone.to(weight_dtype)
     if isinstance(backbone, TextBackbone) and weight_dtype == torch.float16:
-        backbone.encoder.float()  # whose sums are too large for float16
+        backbone.encoder.float()  # its activations exceed the range of float16
     load_strict(backbone, state, folder)
     generators: dict[str, Generator] = {"next-token": NextToken(image_tokenizer.grid)}
     vocabulary = Vocabulary(backbone.num_condition_ids, image_tokenizer.codebook_size, separate_head=True)
@@ -421,12 +302,12 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
 
 
 def _read_saved(folder: Path) -> _Checkpoint:
-    """A folder in our layout."""
+    """The contents of a folder in our layout."""
     from transformers import LlamaConfig
 
     image_tokenizer = load_image_tokenizer(folder / "image_tokenizer")
     config = LlamaConfig(**read_json(folder / CONFIG))
-    if "hidden_size" not in read_json(folder / CONFIG):  # a class's defaults are a model of billions
+    if "hidden_size" not in read_json(folder / CONFIG):  # defaults of the class give a model of billions of parameters
         raise ValueError(f"{folder / CONFIG} has no hidden_size: it is damaged")
     state = {f"lm.{name}": tensor for name, tensor in read_weights(folder).items()}
     state |= read_tensors(folder / "backbone" / "model.safetensors")
@@ -435,18 +316,20 @@ def _read_saved(folder: Path) -> _Checkpoint:
 
 
 def _read_public(folder: Path, variant: str | None) -> _Checkpoint:
-    """A folder in the public layout: a file of the model, one of its image tokenizer, T5 beside them."""
+    """The contents of a folder in the public layout: a file of the model, one of its image tokenizer, and T5 beside
+    them.
+    """
     if not list(folder.glob(WEIGHT_PATTERNS[0])):
         raise ValueError(f"{folder} has no model beside its image tokenizer: a file named like c2i_B_256.pt")
     path = select_checkpoint(folder, WEIGHT_PATTERNS[0], variant)
     kind, text_folder = path.stem[:3], folder
     public_state = read_tensors(path)
     size = re.search(r"_(\d+)$", path.stem)
-    said = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    file_config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     if not size or int(size[1]) % STRIDE:
         raise ValueError(f"{path.name}: the size of its pictures has to end the name, as in c2i_B_256.pt")
     image_tokenizer = vqgan.from_public(read_tensors(folder / TOKENIZERS[kind]), int(size[1]), "llamagen")
-    config = _infer_config(public_state, kind, image_tokenizer.grid[0] ** 2, said, path)
+    config = _infer_config(public_state, kind, image_tokenizer.grid[0] ** 2, file_config, path)
     assert config.head_dim is not None
     state = from_public(public_state, config.head_dim)
     if kind == "t2i":
@@ -461,28 +344,31 @@ def _read_public(folder: Path, variant: str | None) -> _Checkpoint:
 
 
 def _infer_config(
-    public_state: Mapping[str, Tensor], kind: str, num_codes: int, said: Mapping[str, Any], path: Path
+    public_state: Mapping[str, Tensor], kind: str, num_codes: int, file_config: Mapping[str, Any], path: Path
 ) -> LlamaConfig:
-    """The config of the language model, read off its tensors.
+    """The config of the language model, inferred from the shapes of its tensors.
 
     Args:
         public_state: tensors by their public names.
         kind: "c2i" or "t2i".
-        num_codes: of a picture.
-        said: the folder's config.json.
+        num_codes: codes of a picture.
+        file_config: the folder's config.json, {} where there is none.
         path: of the file, for errors.
+
+    Raises:
+        ValueError: tensors are missing, or their shapes do not fit each other.
     """
     from transformers import LlamaConfig
 
     try:
         vocab_size, width = public_state["tok_embeddings.weight"].shape
         intermediate_size = public_state["layers.0.feed_forward.w1.weight"].shape[0]
-        table = "embedding_table.weight" if kind == "c2i" else "uncond_embedding"
-        num_condition_ids = 1 if kind == "c2i" else len(public_state[f"cls_embedding.{table}"])
+        table_name = "embedding_table.weight" if kind == "c2i" else "uncond_embedding"
+        num_condition_ids = 1 if kind == "c2i" else len(public_state[f"cls_embedding.{table_name}"])
         qkv_rows = len(public_state["layers.0.attention.wqkv.weight"])
     except KeyError as error:
         raise ValueError(f"checkpoint {path} has no {error.args[0]}: it is no LlamaGen ({kind})") from error
-    head_dim = infer_head_dim(public_state, said, path)
+    head_dim = infer_head_dim(public_state, file_config, path)
     if width % head_dim or (qkv_rows - width) % (2 * head_dim) or not width < qkv_rows <= 3 * width:
         raise ValueError(f"{path}: queries, keys and values of {qkv_rows} rows are of no heads {head_dim} wide")
     return LlamaConfig(
@@ -500,22 +386,27 @@ def _infer_config(
 
 
 def load_text_encoder_state(folder: Path) -> dict[str, Tensor]:
-    """The encoder's tensors of a folder with T5 by their names here; its decoder's are left."""
-    dropped_keys = ("decoder.", "lm_head.", "encoder.embed_tokens.")  # the last are the shared ones once more
+    """The tensors of T5's encoder in a folder, by their names here. Those of the decoder are dropped."""
+    dropped_keys = ("decoder.", "lm_head.", "encoder.embed_tokens.")  # encoder.embed_tokens repeats the shared table
     state = read_weights(folder)
     return {rename_key(name, _T5_KEYS): tensor for name, tensor in state.items() if not name.startswith(dropped_keys)}
 
 
 def save_public(model: UnifiedModel, folder: Path) -> None:
-    """Write the two files of the public layout, and the folder of what reads words beside them."""
+    """Write the files of the public layout, and the folder of the text encoder beside them.
+
+    Args:
+        model: of this family.
+        folder: exists and is empty.
+    """
     tokenizer, backbone = model.image_tokenizer, model.backbone
     assert isinstance(tokenizer, vqgan.VQGAN)
     kind = "t2i" if isinstance(backbone, TextBackbone) else "c2i"
     state = to_public(backbone.state_dict(), backbone.lm.config.head_dim)
     torch.save({"model": state}, folder / f"{kind}_model_{tokenizer.image_size}.pt")
     torch.save({"model": vqgan.to_public(tokenizer, "llamagen")}, folder / TOKENIZERS[kind])
-    heads = backbone.lm.config.num_attention_heads
-    save_json(folder / CONFIG, {"model_type": "llamagen", "n_head": heads})
+    num_heads = backbone.lm.config.num_attention_heads
+    save_json(folder / CONFIG, {"model_type": "llamagen", "n_head": num_heads})
     if isinstance(backbone, TextBackbone):
         text_folder = folder / TEXT_FOLDER
         text.save(model.text_tokenizer, text_folder)

@@ -1,16 +1,16 @@
-"""Lumina-mGPT: Chameleon tuned to pictures of any size, which open with their size and have ends of rows (Liu et al.
-2024, arXiv 2408.02657).
+"""Lumina-mGPT: Chameleon tuned to pictures of any size, which begin with their size and mark the end of each row
+(Liu et al. 2024, arXiv 2408.02657).
 
     <s>Generate an image of {W}x{H} according to the following prompt:\\n{words}<reserved08706>
         <racm3:break> h-token w-token (2w codes <reserved08799>) x 2h <eoss>                        a picture
-    <racm3:break> h-token w-token ...                                       guidance's other branch: the picture alone
-    <s>{question} <racm3:break> ... <eoss><reserved08706>                   an answer, or what an edit begins with
+    <racm3:break> h-token w-token ...                       guidance's unconditional branch: the picture alone
+    <s>{question} <racm3:break> ... <eoss><reserved08706>                   an answer, or the prompt of an edit
 
     engine = unigen.load("Alpha-VLLM/Lumina-mGPT-7B-768")          # -Omni edits
     engine.generate("a waterfall", size=(1024, 512))
 
-h and w count squares of 32 pixels, two codes a side: <reserved08800 + n>. The layers are Chameleon's; public folders
-lack the encoder of pictures, and their norms of queries and keys have r rows, which heads share:
+h and w count squares of 32 pixels, two codes along a side: <reserved08800 + n>. The layers are Chameleon's. Public
+folders lack the encoder of pictures, and their norms of queries and keys have r rows, each shared by several heads:
 
     norm of head i = row floor(i r / heads)
 
@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -43,49 +43,73 @@ from unigen.models import chameleon
 from unigen.models.chameleon import BOI, EOI, EOT, MASK_LOGITS_KEY, ChameleonTemplate
 from unigen.tokenizers import text, vqgan
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from unigen.document import SegmentImage
+
 EOL = "<reserved08799>"
 CELL = 2
-"""Codes along a side of the squares that sizes are counted in."""
+"""Codes along a side of the squares in which sizes are counted."""
 MAX_CELLS = 64
 """Squares along a side."""
 MAX_ASPECT_RATIO = 4
-"""The longest pictures that are read: so many times as long as wide."""
+"""The largest aspect ratio of an input picture: the longer side over the shorter."""
 PROMPT_TEMPLATE = "Generate an image of {}x{} according to the following prompt:\n"
 SIZE_IN_NAME = re.compile(r"mGPT-\d+B-(\d+)")
-"""What a folder says of the size that it was tuned to: its name, or the last of those above it that says one."""
+"""The size that a model was tuned to, in the name of its folder or of the nearest folder above that has one."""
 LUMINA2_VOCAB_SIZE = 171_385
-"""Ids of Lumina-mGPT 2.0."""
+"""Vocabulary size of Lumina-mGPT 2.0."""
 PUBLIC_CLASS = "ChameleonXLLMXForConditionalGeneration"
-DEFAULT_SAMPLING: dict[str, Any] = {"guidance": 4.0, "temperature": 1.0, "top_k": 2000}
+DEFAULT_SAMPLING: dict[str, object] = {"guidance": 4.0, "temperature": 1.0, "top_k": 2000}
 
 
 class LuminaTemplate(ChameleonTemplate):
-    """stride: pixels a code along each side; size: along each side of a picture, where nothing says so."""
+    """Chameleon's template for pictures of any size, with one scale of guidance."""
 
     special_tokens = (BOI, EOI, EOT, EOL)
     variable_size, num_guidance_scales, space_around_images = True, 1, True
     open_turn_outputs = ()
 
-    def __init__(self, tokenizer: Any, stride: int, size: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stride: int, size: int) -> None:
+        """
+        Args:
+            tokenizer: the text tokenizer, with the special tokens.
+            stride: pixels per code along a side.
+            size: pixels along a side of a picture whose size is not given.
+        """
         super().__init__(tokenizer, (size // stride) ** 2)
         self.stride, self.size = stride, size
-        known = tokenizer.get_vocab()
+        vocab = tokenizer.get_vocab()
         self.size_token_ids = [
-            known[name] for n in range(1, MAX_CELLS + 1) if (name := f"<reserved{8800 + n:05d}>") in known
+            vocab[name] for n in range(1, MAX_CELLS + 1) if (name := f"<reserved{8800 + n:05d}>") in vocab
         ]
 
     def layout(self, grid: tuple[int, int]) -> Layout:
+        """The layout of a picture of h x w codes among ids: height and width, rows of codes that end in EOL, then EOI.
+
+        Raises:
+            ValueError: there are no ids for this size.
+        """
         if any(codes % CELL or codes // CELL > len(self.size_token_ids) for codes in grid):
             side, (height, width) = CELL * self.stride, (codes * self.stride for codes in grid)
             max_cells = f"up to {len(self.size_token_ids) * side}"
             raise ValueError(
                 f"a size is width and height in pixels, multiples of {side} {max_cells}, not {width}x{height}"
             )
-        opening = tuple(self.size_token_ids[codes // CELL - 1] for codes in grid)
-        return Layout(grid, opening, (self.special_ids[EOL],), (self.special_ids[EOI],))
+        prefix = tuple(self.size_token_ids[codes // CELL - 1] for codes in grid)
+        return Layout(grid, prefix, (self.special_ids[EOL],), (self.special_ids[EOI],))
 
     def preprocess(self, image: Image.Image, size: int) -> np.ndarray:
-        """The middle of the picture, in that shape of at most `size` squared pixels which leaves most of it."""
+        """Resize a picture and crop its centre, in that shape of at most `size` squared pixels which keeps most of it.
+
+        Args:
+            image: RGB.
+            size: the root of the most pixels.
+
+        Returns:
+            Pixels (H, W, 3), uint8, H and W multiples of `CELL` codes.
+        """
         width, height = max(
             crop_sizes(size, CELL * self.stride), key=lambda shape: (kept_fraction(image.size, shape), shape)
         )
@@ -97,6 +121,7 @@ class LuminaTemplate(ChameleonTemplate):
         return np.asarray(image.crop((left, top, left + width, top + height)))
 
     def prompt(self, document: Document, *, output: Output, branch: int = 0) -> Tokens:
+        """Lay out a document up to where the model goes on; see `Template.prompt`. Guidance's other branch is empty."""
         segments = document.segments
         if branch:
             return Tokens()
@@ -105,20 +130,27 @@ class LuminaTemplate(ChameleonTemplate):
         return super().prompt(document, output=output)
 
     def encode(self, document: Document, *, uncond: bool = False, generator: str = "next-token") -> Tokens:
-        """A whole document to learn from: one that ends in a picture of the assistant's, with the words that it is
-        drawn from; else a chat, of which the assistant's answers are learnt."""
-        *asked, last = document.segments
+        """Lay out a whole document for training.
+
+        Args:
+            document: where it ends in a picture of the assistant's, the loss is on that picture; else the document is
+                a chat, and the loss is on the assistant's answers.
+            uncond: lay it out for the unconditional branch of guidance.
+            generator: the generator that writes the picture.
+        """
+        *prompt_segments, last = document.segments
         if uncond:
             prompt = self._build_prompt([last], add_turn_ends=False, add_bos=False)
-        elif isinstance(last.image, Tensor) and last.role == "assistant" and is_user_text(asked):
+        elif isinstance(last.image, Tensor) and last.role == "assistant" and is_user_text(prompt_segments):
             height, width = last.image.shape
-            prompt = self._image_prompt(asked, (width * self.stride, height * self.stride))
+            prompt = self._image_prompt(prompt_segments, (width * self.stride, height * self.stride))
             prompt = self._add_image(prompt, last.image, loss=True)
         else:
             prompt = self._build_prompt(document.segments, add_turn_ends=True)
         return (prompt.add_template_text(EOT, loss=True) if last.role == "assistant" else prompt).build()
 
     def _image_prompt(self, segments: Sequence[Segment], size: tuple[int, int]) -> text.PromptBuilder:
+        """The words of a picture of `size`, (width, height) in pixels."""
         words = " ".join((segment.text or "").strip() for segment in segments)
         prompt = text.PromptBuilder(self.tokenizer, self.special_ids).add_ids([self.tokenizer.bos_token_id])
         return prompt.add_template_text(PROMPT_TEMPLATE.format(*size)).add_user_text(words).add_template_text(EOT)
@@ -126,16 +158,18 @@ class LuminaTemplate(ChameleonTemplate):
     def _build_prompt(
         self, segments: Sequence[Segment], add_turn_ends: bool, add_bos: bool = True
     ) -> text.PromptBuilder:
-        """Words before pictures where a user's turn begins with all of its pictures: so the model was tuned."""
+        """Segments with words before pictures in user turns that begin with all their pictures, as it was tuned."""
         ordered: list[Segment] = []
         for role, turn in groupby(segments, key=lambda segment: segment.role):
-            said = list(turn)
-            first_text = next((n for n, segment in enumerate(said) if segment.image is None), len(said))
-            images_lead_turn = role == "user" and all(segment.image is None for segment in said[first_text:])
-            ordered += said[first_text:] + said[:first_text] if images_lead_turn else said
+            turn_segments = list(turn)
+            first_text = next(
+                (n for n, segment in enumerate(turn_segments) if segment.image is None), len(turn_segments)
+            )
+            images_lead_turn = role == "user" and all(segment.image is None for segment in turn_segments[first_text:])
+            ordered += turn_segments[first_text:] + turn_segments[:first_text] if images_lead_turn else turn_segments
         return super()._build_prompt(ordered, add_turn_ends, add_bos)
 
-    def _add_image(self, prompt: text.PromptBuilder, image: Any, loss: bool) -> text.PromptBuilder:
+    def _add_image(self, prompt: text.PromptBuilder, image: SegmentImage, loss: bool) -> text.PromptBuilder:
         if not isinstance(image, Tensor):
             raise ValueError(
                 "pictures stand in this model's prompts by their own size: give them as codes (model.encode_document)"
@@ -148,33 +182,53 @@ class LuminaTemplate(ChameleonTemplate):
 
 
 def is_user_text(segments: Sequence[Segment]) -> bool:
-    """Is it a user's words alone?"""
+    """Whether all segments are words of a user."""
     return all(segment.text is not None and segment.role == "user" for segment in segments)
 
 
 def crop_sizes(size: int, side: int) -> list[tuple[int, int]]:
-    """Widths and heights in pixels of pictures to be read: multiples of `side`, of no more pixels than `size` squared,
-    for each width the greatest heights, at most `MAX_ASPECT_RATIO` times as long as wide."""
+    """Sizes to which input pictures are cropped: for each width the greatest heights.
+
+    Args:
+        size: the root of the most pixels.
+        side: widths and heights are multiples of it, in pixels.
+
+    Returns:
+        Widths and heights in pixels, at most `MAX_ASPECT_RATIO` times as long as wide.
+    """
     max_cells = (size // side) ** 2
     cell_sizes = {(w, h) for w in range(1, max_cells + 1) for h in range(max_cells // (w + 1), max_cells // w + 1) if h}
     return [(w * side, h * side) for w, h in cell_sizes if max(w, h) <= MAX_ASPECT_RATIO * min(w, h)]
 
 
 def kept_fraction(size: tuple[int, int], shape: tuple[int, int]) -> float:
-    """The share of a picture that is left when it is cut to a shape."""
+    """The fraction of a picture that is kept when it is cropped to a shape.
+
+    Args:
+        size: width and height of the picture.
+        shape: width and height of the crop; only its aspect ratio matters.
+
+    Returns:
+        In (0, 1].
+    """
     width_scale, height_scale = (
         target_side / source_side for target_side, source_side in zip(shape, size, strict=True)
     )
     return min(width_scale, height_scale) / max(width_scale, height_scale)
 
 
-def matches(folder: Path, config: dict[str, Any]) -> bool:
-    """Is this Chameleon by Lumina's own class? transformers' configs do not say whether codes are forbidden."""
+def matches(folder: Path, config: Mapping[str, object]) -> bool:
+    """Whether the folder holds Chameleon in Lumina's own class, whose configs say whether codes are masked.
+
+    Args:
+        folder: the model folder, without our unigen.json.
+        config: the contents of its config.json, {} where there is none.
+    """
     return config.get("model_type") == "chameleon" and MASK_LOGITS_KEY in config
 
 
-def check_supported(folder: Path, config: dict[str, Any]) -> None:
-    """Raise ValueError for a relative that is not here."""
+def check_supported(folder: Path, config: Mapping[str, object]) -> None:
+    """Raise ValueError for Lumina-mGPT 2.0; the message names the models that are supported."""
     if (
         config.get("vocab_size") == LUMINA2_VOCAB_SIZE
         or "mGPT-2" in f"{folder.absolute()} {config.get('_name_or_path', '')}"
@@ -186,7 +240,15 @@ def check_supported(folder: Path, config: dict[str, Any]) -> None:
 
 
 def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
-    """The model in `folder`, in the public layout or in ours, strictly. dtype: None is as it is stored."""
+    """Load the model in a folder, in the public layout or in ours. No tensor may be missing or left over.
+
+    Args:
+        folder: of the model.
+        dtype: of the weights; None: as they are stored.
+
+    Raises:
+        ValueError: the folder holds no whole model of this family.
+    """
     from transformers import ChameleonForConditionalGeneration
 
     tokenizer, image_tokenizer = chameleon.load_tokenizers(folder)
@@ -214,7 +276,12 @@ _QK_NORM = re.compile(r"\.self_attn\.([qk])_norm\.(weight|bias)$")
 
 
 def from_public(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a public folder as transformers has them: a norm for each head."""
+    """Expand the norms of a public folder to one for each head, as transformers has them.
+
+    Args:
+        state: the tensors of a public folder.
+        config: the contents of its config.json.
+    """
     queries = config["num_attention_heads"]
     heads = {"q": queries, "k": config.get("num_key_value_heads") or queries}
     return {
@@ -224,23 +291,36 @@ def from_public(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[
 
 
 def to_public(state: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:
-    """The same tensors in the public layout. ValueError where heads that share a norm no longer have the same."""
-    theirs = {}
+    """The tensors in the public layout.
+
+    Args:
+        state: the tensors as transformers has them.
+        rows: norms of queries, and of keys, in the public layout.
+
+    Raises:
+        ValueError: heads that share a norm there have different ones.
+    """
+    public_state = {}
     for name, tensor in state.items():
         if _QK_NORM.search(name):
-            tensor, repeated = tensor.unflatten(0, (rows, -1))[:, 0], tensor
-            if not torch.equal(tensor.repeat_interleave(len(repeated) // rows, 0), repeated):
+            tensor, head_norms = tensor.unflatten(0, (rows, -1))[:, 0], tensor
+            if not torch.equal(tensor.repeat_interleave(len(head_norms) // rows, 0), head_norms):
                 raise ValueError(f"{name}: its heads have norms of their own, which the public layout cannot hold")
         if not name.startswith(VISION_PREFIX):
-            theirs[name] = tensor
-    return theirs
+            public_state[name] = tensor
+    return public_state
 
 
 causal_lm = chameleon.causal_lm
 
 
 def save_public(model: UnifiedModel, folder: Path) -> None:
-    """Write the files of the public layout, and Chameleon's image tokenizer beside them."""
+    """Write the files of the public layout, and Chameleon's image tokenizer beside them.
+
+    Args:
+        model: of this family.
+        folder: exists and is empty.
+    """
     lm = model.backbone.lm
     chameleon.save_public(model, folder, to_public(lm.state_dict(), lm.config.model_parallel_size))
     config = read_json(folder / CONFIG)

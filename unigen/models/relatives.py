@@ -1,13 +1,13 @@
-"""What is said of public checkpoints that are near the families here and do not load: which repository does.
+"""Explanations for public checkpoints that are close to the families here and do not load: what they are, and which
+repository loads instead.
 
-Nothing is read but names of files and config.json. Does not depend on: how any model is loaded.
+Only names of files and config.json are read. Does not depend on: how any model is loaded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 BY_MODEL_TYPE = {
     "Emu3": "is Emu3 in its authors' layout; that of transformers loads: Emu3-community/Emu3-Gen-hf draws, "
@@ -15,12 +15,12 @@ BY_MODEL_TYPE = {
     "Emu3VisionVQ": "is Emu3's image tokenizer alone; a model that has it loads: Emu3-community/Emu3-Gen-hf",
     "bagel": "is BAGEL, which draws by rectified flow and is not supported",
 }
-"""By model_type."""
+"""Explanations by model_type of config.json."""
 BY_CLASS_PREFIX = {
     "Showo2": "is Show-o2, which draws by flow matching and is not supported; Show-o is: showlab/show-o-512x512",
     "MAGVITv2": "is Show-o's image tokenizer alone; the model loads: showlab/show-o-512x512",
 }
-"""By how _class_name begins."""
+"""Explanations by the beginning of _class_name of config.json."""
 BY_FILE = {
     "consolidate_params.json": "is Chameleon in its authors' layout; that of transformers loads: facebook/chameleon-7b "
     "answers, leloy/Anole-7b-v0.1-hf draws, too",
@@ -30,14 +30,21 @@ BY_FILE = {
     "*.gguf": "holds weights for llama.cpp (GGUF), which are not read: give the repository that they were made from",
     "*.onnx": "holds ONNX weights, which are not read: give the repository that they were made from",
 }
-"""Of folders without config.json, by a file in them."""
+"""Explanations for folders without config.json, by the pattern of a file in them."""
 EMU3_VOCAB_SIZE = 184_622
-"""Ids of Emu3; Emu3.5 has more."""
+"""Vocabulary size of Emu3; Emu3.5 has a larger one."""
 
 
-def explain_unsupported(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """One line on a folder that no family owns, None where nothing is known of it. config: its config.json, {} where
-    there is none."""
+def explain_unsupported(folder: Path, config: Mapping[str, object]) -> str | None:
+    """One line on a folder that belongs to no family.
+
+    Args:
+        folder: the folder, local or of the hub's cache.
+        config: the contents of its config.json, {} where there is none.
+
+    Returns:
+        The line, or None where nothing is known of the folder.
+    """
     if (folder / "adapter_config.json").is_file():
         return f"{folder} {_explain_lora(folder)}"
     kind, name = str(config.get("model_type")), str(config.get("_class_name"))
@@ -53,6 +60,7 @@ def explain_unsupported(folder: Path, config: Mapping[str, Any]) -> str | None:
 
 
 def _explain_lora(folder: Path) -> str:
+    """The explanation for a folder with a LoRA adapter, with its base model where the folder names one."""
     import json
 
     try:

@@ -1,12 +1,15 @@
-"""The family of models assembled here (`unigen.model.assembly`) and trained by our own recipes: any decoder-only
-language model of transformers, whose vocabulary has grown by special tokens and image codes."""
+"""The family of models that are assembled here (`unigen.model.assembly`) and trained by our own recipes.
+
+The backbone is any decoder-only language model of transformers. Its vocabulary is extended by special tokens and image
+codes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,29 +25,33 @@ from unigen.nn.cpu.llama import InferenceLlama
 from unigen.tokenizers import load_image_tokenizer
 from unigen.tokenizers import text as text_tokenizers
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 DTYPE_FIXED = True
-"""Whether models are held in float32 whatever the machine is fast in."""
+"""Whether weights stay in float32, whichever precision the machine is fast in."""
 SAMPLING_FROM_MANIFEST = True
-"""Whether unigen.json says how text is sampled, and not generation_config.json."""
+"""Whether defaults for sampling text come from unigen.json, and not from generation_config.json."""
 
 
-def causal_lm(model: UnifiedModel) -> Any:
-    """It is one: codes are further rows of its table."""
+def causal_lm(model: UnifiedModel) -> PreTrainedModel:
+    """The language model itself: codes are further rows of its table."""
     return model.backbone.lm
 
 
-def matches(folder: Path, config: Mapping[str, Any]) -> bool:
-    """Its folders say so in their unigen.json."""
+def matches(folder: Path, config: Mapping[str, object]) -> bool:
+    """False: folders of this family have a unigen.json, which names it."""
     return False
 
 
 def load(folder: Path, dtype: torch.dtype | None = None, inference: bool = False) -> UnifiedModel:
-    """The model saved in `folder`, strictly: no tensor missing, none left over.
+    """Load the model saved in a folder. No tensor may be missing or left over.
 
     Args:
-        dtype: None is float32.
-        inference: may it be a model that only reads and answers? transformers is then not imported where its language
-            model is a Llama, and generators with weights are loaded when they are first asked for.
+        folder: as `UnifiedModel.save` writes it.
+        dtype: of the weights; None: float32.
+        inference: allow a model that is not trained. A Llama then runs without importing transformers, and generators
+            with weights are loaded when they are first used.
     """
     manifest = read_json(folder / MANIFEST)
     image_tokenizer = load_image_tokenizer(folder / "image_tokenizer")
@@ -66,13 +73,13 @@ def load(folder: Path, dtype: torch.dtype | None = None, inference: bool = False
     names = [name for name in manifest["generators"] if name != Text.name]
     context = build_context(lm, tokenizer, image_tokenizer)
     generator_classes = {name: generators.find_generator(name) for name in names}
-    with_weights = [name for name, kind in generator_classes.items() if issubclass(kind, nn.Module)]
+    weighted_names = [name for name, kind in generator_classes.items() if issubclass(kind, nn.Module)]
     factories = {
         name: partial(load_generator_lazily, folder / name, context)
-        for name in with_weights
+        for name in weighted_names
         if inference and not generator_classes[name].uses_positions and (folder / name).is_dir()
     }
-    heads = [load_generator(folder / name, context) for name in with_weights if name not in factories]
+    heads = [load_generator(folder / name, context) for name in weighted_names if name not in factories]
     begin_tokens, classes = manifest.get("begins"), manifest.get("classes", ())
     parts = lm.float(), tokenizer, image_tokenizer, int(manifest["text_size"])
     model = build_model(*parts, names, heads, begin_tokens, classes, factories)

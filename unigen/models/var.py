@@ -1,13 +1,14 @@
 """VAR: classes drawn scale by scale (Tian et al. 2024, arXiv 2404.02905), every depth, 256 and 512 pixels.
 
-    {class} 4 9 16 ... 256 codes        a picture;        {1000} ...        guidance's other branch
+    {class} 4 9 16 ... 256 codes        a picture;        {1000} ...        guidance's unconditional branch
 
     engine = unigen.load("FoundationVision/var:var_d16")       # and var_d20, d24, d30 (256 pixels), d36 (512)
     engine.generate(207)
 
-The transformer is its own: attention over queries and keys of unit length with a learnt temperature, layer norms whose
-scales, shifts and gates come from the class (adaLN), no rotary positions. What writes is our `NextScale`. Guidance
-grows with the scales: what VAR calls cfg is one less than ours (its demo's 4 is 5 here). Public weights: not run here.
+VAR has a transformer of its own: attention over queries and keys of unit length with a learnt temperature, layer norms
+whose scales, shifts and gates come from the class (adaLN), and no rotary positions. The generator is our `NextScale`.
+Guidance grows with the scales. VAR's cfg is one less than our scale (4 in its demo is 5 here). Public weights: not run
+here.
 
 Shapes: B rows, L positions, D width, H heads, E head width, K scales.
 """
@@ -17,7 +18,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ from unigen.nn.cache import SlotCache
 from unigen.tokenizers import load_image_tokenizer, var_vq
 
 SCALES_BY_LENGTH = {680: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), 2240: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)}
-"""By how many codes a picture has, where the file does not say the scale of each code."""
+"""Sides of the scales by the codes of a picture, for files that do not hold the scale of each code."""
 HEAD_DIM = 64
 LAYER_NORM_EPS = 1e-6
 MAX_LOG_SCALE = math.log(100)
@@ -46,15 +46,24 @@ VLLM_UNSUPPORTED = "it writes pictures scale by scale, not one code after anothe
 MULTI_MODEL_REPOS = {
     "FoundationVision/var": {f"var_d{depth}": (f"var_d{depth}.pth", TOKENIZER_FILE) for depth in (16, 20, 24, 30, 36)}
 }
-"""Repositories of the hub that hold several models: the files of each."""
+"""Repositories of the hub that hold several models: the files of each, by variant."""
 WEIGHT_PATTERNS = ("var_d*.pth", TOKENIZER_FILE)
-"""Files by which a folder is known."""
+"""Patterns of the weight files by which a folder is recognized."""
 
 
 class VARBlock(nn.Module):
-    """x += gate_1 attention(scale_1 norm(x) + shift_1), x += gate_2 mlp(scale_2 norm(x) + shift_2)."""
+    """A block of attention and an MLP, modulated by the class (adaLN).
+
+    x += gate_1 attention((1 + scale_1) norm(x) + shift_1)
+    x += gate_2 mlp((1 + scale_2) norm(x) + shift_2)
+    """
 
     def __init__(self, width: int, shared: bool) -> None:
+        """
+        Args:
+            width: of the transformer.
+            shared: gates, scales and shifts of all blocks come from one layer, to which each block adds a vector.
+        """
         super().__init__()
         self.width, self.heads = width, width // HEAD_DIM
         self.query_key_value = nn.Linear(width, 3 * width, bias=False)
@@ -68,7 +77,18 @@ class VARBlock(nn.Module):
     def forward(
         self, x_BLD: Tensor, condition_BD: Tensor, mask: Tensor | None, cache: SlotCache, number: int
     ) -> Tensor:
-        """given_BD: silu of the class's vector; of shared norms what all blocks make of it, (B, 6 D)."""
+        """One block.
+
+        Args:
+            x_BLD: the residual stream, float32.
+            condition_BD: silu of the class's embedding; with `shared`, the modulation that all blocks share, (B, 6 D).
+            mask: additive (B, 1, L, keys); None: all keys may be seen.
+            cache: keys and values of what was read before.
+            number: of the block, in the cache.
+
+        Returns:
+            The residual stream (B, L, D).
+        """
         if self.condition is not None:
             modulation = self.condition(condition_BD).unflatten(-1, (6, self.width))
         else:
@@ -80,83 +100,99 @@ class VARBlock(nn.Module):
         return x_BLD + gate2 * self.down(gelu(self.up(modulated_BLD), approximate="tanh"))
 
     def attention(self, x_BLD: Tensor, mask: Tensor | None, cache: SlotCache, number: int) -> Tensor:
+        """Attention (B, L, D) over queries and keys of unit length; see `forward` for the arguments."""
         parts = self.query_key_value(x_BLD).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         query, key, value = parts.unbind(0)  # (B, H, L, E)
         query = query + self.query_bias.unflatten(0, (self.heads, 1, -1))
         value = value + self.value_bias.unflatten(0, (self.heads, 1, -1))
         query = normalize(query, dim=-1) * self.temperature.clamp(max=MAX_LOG_SCALE).exp()[:, None, None]
         keys, values = cache.update(normalize(key, dim=-1), value, number)
-        attended = scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=1.0)
-        return self.out(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        output_BHLE = scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=1.0)
+        return self.out(output_BHLE.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
 def layer_norm_no_affine(x_BLD: Tensor) -> Tensor:
+    """Layer norm over the last axis without weights."""
     return layer_norm(x_BLD, x_BLD.shape[-1:], eps=LAYER_NORM_EPS)
 
 
 class VARTransformer(nn.Module):
-    """VAR's blocks, with the little of a transformers model that a `BackboneConfig` asks for."""
+    """VAR's blocks, with the part of a transformers model that `Backbone` needs."""
 
     def __init__(self, classes: int, width: int, layers: int, positions: int, shared: bool) -> None:
+        """
+        Args:
+            classes: rows of the table of classes, the unconditional one among them.
+            width: of the residual stream.
+            layers: blocks.
+            positions: codes of a picture over all scales.
+            shared: see `VARBlock`.
+        """
         from transformers import PretrainedConfig
 
         super().__init__()
         self.settings = {"classes": classes, "width": width, "layers": layers, "positions": positions, "shared": shared}
         sizes = {"hidden_size": width, "num_hidden_layers": layers, "max_position_embeddings": positions}
         self.config = PretrainedConfig.from_dict({**sizes, "vocab_size": classes})
-        setattr(self.config, "model_type", "var")  # noqa: B010  # of a class of configurations, which this has none of
+        setattr(self.config, "model_type", "var")  # noqa: B010  # an attribute of configuration classes; this has none
         self.classes = nn.Embedding(classes, width)
         self.start = nn.Parameter(torch.zeros(width))
         self.first = nn.Parameter(torch.zeros(width))
-        """The vectors of the first scale and of its place, which are the generator's, too."""
+        """Embedding of the first scale plus that of its position; the generator has both, too."""
         self.shared = nn.Linear(width, 6 * width) if shared else None
         self.blocks = nn.ModuleList(VARBlock(width, shared) for _ in range(layers))
         self.last = nn.Linear(width, 2 * width)
 
     def set_attn_implementation(self, name: str) -> None:
-        """Attention is its own."""
+        """Do nothing: VAR's attention is its own."""
 
     def get_decoder(self) -> VARTransformer:
+        """The transformer itself."""
         return self
 
     def get_input_embeddings(self) -> nn.Embedding:
+        """The table of classes."""
         return self.classes
 
     def save_pretrained(self, folder: Path) -> None:
+        """Write weights and settings into a folder."""
         write_tensors(Path(folder) / "model.safetensors", self.state_dict())
         save_json(Path(folder) / CONFIG, {"model_type": "var", **self.settings})
 
 
 class VARBackbone(Backbone):
-    """The class is read as the first position, and stays with its slot: every norm is told it. What blocks add to is in
-    float32, whatever the weights are in, as under autocast."""
+    """Runs VAR's transformer step by step. The class is read as the first position and kept with its slot, since it
+    modulates every norm. The residual stream is in float32, whatever the weights are in, as under autocast.
+    """
 
     def new_cache(self, slots: int, device: torch.device) -> SlotCache:
-        """In the precision of the weights: queries come many at once."""
+        """An empty cache in the precision of the weights: each step has many queries."""
         return SlotCache(len(self.lm.blocks), slots, device)
 
     def forward_cached(
         self, embeds_BLD: Tensor, positions_BL: Tensor, mask: Tensor, cache: SlotCache | None = None
     ) -> Tensor:
+        """Hidden states (B, L, D) of a step; see `Backbone.forward_cached`. The first position of a picture is its
+        class.
+        """
         assert cache is not None, "VAR's transformer is for inference"
         lm, rows = self.lm, cache.step.slots
         is_start_B = positions_BL[:, 0] == 0
         for row, is_start, vector_D in zip(rows, is_start_B.tolist(), embeds_BLD[:, 0], strict=True):
             if is_start:
                 cache.slot_state[row] = vector_D
-        given_BD = torch.stack([cache.slot_state[row] for row in rows])
+        classes_BD = torch.stack([cache.slot_state[row] for row in rows])
         x_BLD = embeds_BLD.float().clone()
         x_BLD[is_start_B, 0] = x_BLD[is_start_B, 0] + lm.start + lm.first
         additive_mask = None if bool(mask.all()) else x_BLD.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)
-        active_BD = silu(given_BD)
-        block_BD = active_BD if lm.shared is None else lm.shared(active_BD)
+        condition_BD = silu(classes_BD)
+        block_condition_BD = condition_BD if lm.shared is None else lm.shared(condition_BD)
         for number, block in enumerate(lm.blocks):
-            x_BLD = block(x_BLD, block_BD, additive_mask, cache, number)
-        scale, shift = lm.last(active_BD).unflatten(-1, (2, -1))[:, None].unbind(2)
+            x_BLD = block(x_BLD, block_condition_BD, additive_mask, cache, number)
+        scale, shift = lm.last(condition_BD).unflatten(-1, (2, -1))[:, None].unbind(2)
         return layer_norm_no_affine(x_BLD) * (1 + scale) + shift
 
 
-# what a tensor is called in a public file, and here
 _KEY_RENAMES = (
     ("class_emb.", "lm.classes."),
     ("shared_ada_lin.1.", "lm.shared."),
@@ -166,6 +202,7 @@ _KEY_RENAMES = (
     ("lvl_embed.", "head.scale_embedding."),
     ("head.", "head.head."),
 )
+"""Prefixes of the names of tensors in a public file, and here."""
 _BLOCK_KEYS = (
     (".attn.mat_qkv.", ".query_key_value."),
     (".attn.q_bias", ".query_bias"),
@@ -177,54 +214,72 @@ _BLOCK_KEYS = (
     (".ada_lin.1.", ".condition."),
     (".ada_gss", ".own"),
 )
+"""Parts of the names of a block's tensors in a public file, and here."""
 _DERIVED_KEYS = ("lvl_1L", "attn_bias_for_masking")
+"""Tensors of a public file that follow from the scales."""
 
 
 def from_public(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a public file by their names here."""
-    ours: dict[str, Tensor] = {}
+    renamed_state: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if name in _DERIVED_KEYS or name.endswith(".zero_k_bias"):
             continue
         if name == "pos_start":
-            ours["lm.start"] = tensor[0, 0]
+            renamed_state["lm.start"] = tensor[0, 0]
         elif name == "pos_1LC":
-            ours["head.position_embedding.weight"] = tensor[0]
+            renamed_state["head.position_embedding.weight"] = tensor[0]
         else:
             name = rename_key(name, _KEY_RENAMES, _BLOCK_KEYS if name.startswith("blocks.") else ())
-            flattened = tensor.flatten() if name.endswith(".temperature") else tensor
-            ours[name] = flattened[0, 0] if name.endswith(".own") else flattened
-    if "head.scale_embedding.weight" in ours and "head.position_embedding.weight" in ours:
-        ours["lm.first"] = ours["head.scale_embedding.weight"][0] + ours["head.position_embedding.weight"][0]
-    return ours
+            flat_tensor = tensor.flatten() if name.endswith(".temperature") else tensor
+            renamed_state[name] = flat_tensor[0, 0] if name.endswith(".own") else flat_tensor
+    if "head.scale_embedding.weight" in renamed_state and "head.position_embedding.weight" in renamed_state:
+        renamed_state["lm.first"] = (
+            renamed_state["head.scale_embedding.weight"][0] + renamed_state["head.position_embedding.weight"][0]
+        )
+    return renamed_state
 
 
 def to_public(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors by their public names, without what follows from others."""
-    theirs: dict[str, Tensor] = {}
+    """The tensors of a model by their public names: the inverse of `from_public`, without tensors that follow from
+    others."""
+    public_state: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if name == "lm.start":
-            theirs["pos_start"] = tensor[None, None]
+            public_state["pos_start"] = tensor[None, None]
         elif name == "head.position_embedding.weight":
-            theirs["pos_1LC"] = tensor[None]
+            public_state["pos_1LC"] = tensor[None]
         elif name != "lm.first":
             if name.endswith(".temperature"):
                 tensor = tensor[None, :, None, None]
             if name.endswith(".own"):
                 tensor = tensor[None, None]
             substitutions = _BLOCK_KEYS if name.startswith("lm.blocks.") else ()
-            theirs[rename_key(name, _KEY_RENAMES, substitutions, inverse=True)] = tensor
-    return theirs
+            public_state[rename_key(name, _KEY_RENAMES, substitutions, inverse=True)] = tensor
+    return public_state
 
 
-def matches(folder: Path, config: dict[str, Any]) -> bool:
-    """A folder with a file of a model and that of its image tokenizer; without the latter, one without config.json."""
+def matches(folder: Path, config: Mapping[str, object]) -> bool:
+    """Whether the folder has a file of a model, and that of its image tokenizer or no config.json.
+
+    Args:
+        folder: the model folder, without our unigen.json.
+        config: the contents of its config.json, {} where there is none.
+    """
     return any(folder.glob(WEIGHT_PATTERNS[0])) and ((folder / TOKENIZER_FILE).is_file() or not config)
 
 
 def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) -> UnifiedModel:
-    """The model in `folder`, in the public layout or in ours, strictly. dtype: None is as it is stored. variant: the
-    name of the file, where there are several."""
+    """Load the model in a folder, in the public layout or in ours. No tensor may be missing or left over.
+
+    Args:
+        folder: of the model.
+        dtype: of the weights; None: as they are stored.
+        variant: the name of the file without its extension, where there are several.
+
+    Raises:
+        ValueError: the folder holds no whole model of this family.
+    """
     if (folder / MANIFEST).is_file():
         settings = {k: v for k, v in read_json(folder / CONFIG).items() if k != "model_type"}
         tokenizer = load_image_tokenizer(folder / "image_tokenizer")
@@ -233,46 +288,65 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
         state |= {f"head.{name}": tensor for name, tensor in head_state.items()}
     else:
         path = select_checkpoint(folder, WEIGHT_PATTERNS[0], variant)
-        public = read_tensors(path)
-        state = from_public(public)
+        public_state = read_tensors(path)
+        state = from_public(public_state)
         try:
-            classes, width = state["lm.classes.weight"].shape
-            codes = len(state["head.position_embedding.weight"])
+            num_classes, width = state["lm.classes.weight"].shape
+            num_codes = len(state["head.position_embedding.weight"])
             state["lm.blocks.0.temperature"]
         except KeyError as error:
             raise ValueError(
                 f"checkpoint {path} has no {error.args[0]}: it is no VAR of unit queries and keys"
             ) from error
-        layers = len({name.split(".")[2] for name in state if name.startswith("lm.blocks.")})
+        num_layers = len({name.split(".")[2] for name in state if name.startswith("lm.blocks.")})
         is_shared = "lm.shared.weight" in state
-        settings = {"classes": classes, "width": width, "layers": layers, "positions": codes, "shared": is_shared}
-        scales = infer_scales(public, codes)
+        settings = {
+            "classes": num_classes,
+            "width": width,
+            "layers": num_layers,
+            "positions": num_codes,
+            "shared": is_shared,
+        }
+        scales = infer_scales(public_state, num_codes)
         tokenizer = var_vq.from_public(read_tensors(folder / TOKENIZER_FILE), scales)
     parts = nn.Module()
     lm, head = VARTransformer(**settings), NextScale(tokenizer, settings["width"])
     parts.lm, parts.head = lm, head
-    frozen = {f"head.tokenizer.{name}": value for name, value in tokenizer.state_dict().items()}
-    stored = dtype or state["lm.classes.weight"].dtype
-    load_strict(parts, frozen | state, folder)
-    lm.to(stored)
-    for layer in (head.project, head.scale_embedding, head.position_embedding):  # scores: float32
-        layer.to(stored)
+    tokenizer_state = {f"head.tokenizer.{name}": value for name, value in tokenizer.state_dict().items()}
+    weight_dtype = dtype or state["lm.classes.weight"].dtype
+    load_strict(parts, tokenizer_state | state, folder)
+    lm.to(weight_dtype)
+    for layer in (head.project, head.scale_embedding, head.position_embedding):  # the head itself stays in float32
+        layer.to(weight_dtype)
     template = ClassTemplate(settings["classes"] - 1, head.num_positions())
-    writers: dict[str, Generator] = {"next-scale": head}
+    generators: dict[str, Generator] = {"next-scale": head}
     vocabulary = Vocabulary(settings["classes"], tokenizer.codebook_size)
     backbone = VARBackbone(lm)
-    model = UnifiedModel("var", backbone, vocabulary, None, tokenizer, template, writers)
+    model = UnifiedModel("var", backbone, vocabulary, None, tokenizer, template, generators)
     model.set_default_sampling("next-scale", **DEFAULT_SAMPLING)
     return model
 
 
 def infer_scales(public: Mapping[str, Tensor], codes: int) -> tuple[int, ...]:
-    """The sides of the scales (patch_nums): of `lvl_1L`, which says the scale of each code, or of the mask of training,
-    else of the published models, else 1, 2, 4, ... Raises ValueError for what are no squares."""
+    """The sides of the scales, which VAR calls patch_nums.
+
+    They follow from `lvl_1L`, the scale of each code, or from the attention mask of training. Else they are those of
+    the published models, else 1, 2, 4, ...
+
+    Args:
+        public: tensors of a public file.
+        codes: of a picture, over all scales.
+
+    Returns:
+        The side of each scale, in codes.
+
+    Raises:
+        ValueError: the codes do not divide into square scales.
+    """
     codes_per_scale = None
     if (levels_1L := public.get("lvl_1L")) is not None:
         codes_per_scale = torch.bincount(levels_1L.flatten().long()).tolist()
-    elif (mask_11LL := public.get("attn_bias_for_masking")) is not None:  # a code sees all scales up to its own
+    elif (mask_11LL := public.get("attn_bias_for_masking")) is not None:  # a code attends to all scales up to its own
         ends = (mask_11LL[0, 0] == 0).sum(-1).unique().tolist()
         codes_per_scale = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
     if codes_per_scale is not None:
@@ -290,13 +364,18 @@ def infer_scales(public: Mapping[str, Tensor], codes: int) -> tuple[int, ...]:
 
 
 def save_public(model: UnifiedModel, folder: Path) -> None:
-    """Write the two files of the public layout."""
+    """Write the files of the public layout.
+
+    Args:
+        model: of this family.
+        folder: exists and is empty.
+    """
     tokenizer, head = model.image_tokenizer, model.generators["next-scale"]
     assert isinstance(tokenizer, var_vq.VARVQ) and isinstance(head, NextScale)
     state = {f"lm.{name}": tensor for name, tensor in model.backbone.lm.state_dict().items()}
     state |= {f"head.{k}": v for k, v in head.state_dict().items() if not k.startswith("tokenizer.")}
     levels = [torch.full((side * side,), level) for level, side in enumerate(tokenizer.settings.scales)]
-    derived = {"lvl_1L": torch.cat(levels)[None]}
-    torch.save(to_public(state) | derived, folder / f"var_d{model.backbone.lm.settings['layers']}.pth")
+    derived_state = {"lvl_1L": torch.cat(levels)[None]}
+    torch.save(to_public(state) | derived_state, folder / f"var_d{model.backbone.lm.settings['layers']}.pth")
     torch.save(var_vq.to_public(tokenizer), folder / TOKENIZER_FILE)
     save_json(folder / CONFIG, {"model_type": "var"})
