@@ -71,8 +71,8 @@ def is_question(text: str) -> bool:
 def default_output(document: Document, outputs: Sequence[Output]) -> Output:
     """The output of an answer where none is asked for.
 
-    It is text where the last message asks about a picture of the conversation. Else it is text and pictures as the model
-    decides, else what the model can do.
+    It is text where the last message asks about a picture of the conversation. Else it is text and pictures as the
+    model decides, else what the model can do.
 
     Args:
         document: the prompt.

@@ -1,6 +1,6 @@
-"""Captions of the web in the form that text-to-image models of LlamaGen's kind were trained on.
+"""Prompts in the form of cleaned web captions, on which text-to-image models were trained.
 
-clean_caption("A «red»   car!!! #nofilter")        # 'a "red" car!!! nofilter'
+Does not depend on: tokenizers, models.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ what occurs in prompts. Between the first two tables, hyphens become spaces wher
 def clean_caption(words: str) -> str:
     """A prompt as captions were in training.
 
-    The result is in lower case, typographic marks are plain, other marks are dropped, and plus signs are spaces. Training
-    removed more, which stays here, with its marks made plain like all others: addresses and names of files and people
-    (x.com, a.png, @me), numbers of articles and pages, sizes (3x4), names like r2d2, words of shops (free shipping), and
-    Chinese characters. Entities (&amp;) and damaged letters are not repaired.
+    The result is in lower case, typographic marks are plain, other marks are dropped, and plus signs are spaces.
+    Training removed more, which stays here with its marks made plain like all others: addresses and names of files and
+    people (x.com, a.png, @me), numbers of articles and pages, sizes (3x4), names like r2d2, words of shops (free
+    shipping), and Chinese characters. Entities (&amp;) and damaged letters are not repaired.
 
     Args:
         words: a prompt.
