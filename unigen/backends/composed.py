@@ -209,8 +209,8 @@ class ComposedEngine(BaseEngine):
 
     def _text_options(self, options: Mapping[str, OptionValue]) -> dict[str, Any]:
         """The options of the text engine: those that are given, and defaults."""
-        given = {name: value for name, value in options.items() if name in TEXT_OPTIONS and value is not None}
-        return self.default_options("text", given) | given
+        requested = {name: value for name, value in options.items() if name in TEXT_OPTIONS and value is not None}
+        return self.default_options("text", requested) | requested
 
     def _generate_one(
         self, prompt: Prompt, output: Output, seed: int, record: Record, options: dict[str, Any]

@@ -246,16 +246,16 @@ def encode_prompt(pipe: Pipeline, words: str) -> PromptEmbeds:
     if "prompt_embeds" not in defaults or extra_arguments or not hasattr(pipe, "encode_prompt"):
         raise ValueError(f"{kind} is not told by prompt embeddings alone: an adapter cannot tell it what to draw")
     arguments = defaults | ENCODE_PROMPT_ARGUMENTS | {"prompt": [words], "device": pipe.device}
-    accepted = inspect.signature(pipe.encode_prompt).parameters
-    outputs = pipe.encode_prompt(**{name: value for name, value in arguments.items() if name in accepted})
+    parameters = inspect.signature(pipe.encode_prompt).parameters
+    outputs = pipe.encode_prompt(**{name: value for name, value in arguments.items() if name in parameters})
     embeds, *extras = outputs if isinstance(outputs, tuple) else (outputs,)
     if not isinstance(embeds, Tensor) or embeds.ndim != 3:
         raise ValueError(f"{kind} has prompt embeddings of a kind of its own: an adapter cannot tell it what to draw")
-    pooled_outputs = [part for part in extras if isinstance(part, Tensor) and part.ndim == 2]
-    pooled = [part for part in pooled_outputs if POOLED_ARGUMENT in defaults]
+    matrices = [part for part in extras if isinstance(part, Tensor) and part.ndim == 2]
+    pooled = [part for part in matrices if POOLED_ARGUMENT in defaults]
     masks = [
         part[0].bool()
-        for part in pooled_outputs
+        for part in matrices
         if part.shape == embeds.shape[:2] and not defaults.keys().isdisjoint(MASK_ARGUMENTS)
     ]
     return PromptEmbeds(embeds[:, masks[0]] if masks else embeds, pooled_MP=pooled[0] if pooled else None)

@@ -163,13 +163,13 @@ class DiffusersEngine(BaseEngine):
         check_prompt_text("the instruction", instruction, "say what to change")
         picture, variant = read_image(image), self._as_variant("edit")
         words = as_text(instruction)
-        asked = Document.of([picture, words] if self.accepts_images else words)
+        document = Document.of([picture, words] if self.accepts_images else words)
         size = options.pop("size", None)
         input_size, output_size = self._render_sizes(variant, picture, size)
-        given = self._prompt_arguments(asked) | {"image": [resize_to(picture, input_size)]}
+        arguments = self._prompt_arguments(document) | {"image": [resize_to(picture, input_size)]}
         options |= {"size": output_size}
-        drawn = self._run_pipeline(variant, [given], [seed], options, auto_size=True)[0]
-        return resize_to(drawn, size or picture.size)
+        generated = self._run_pipeline(variant, [arguments], [seed], options, auto_size=True)[0]
+        return resize_to(generated, size or picture.size)
 
     def inpaint(
         self,
@@ -200,15 +200,15 @@ class DiffusersEngine(BaseEngine):
             raise ValueError(f"the mask is of {mask_image.size} pixels, the picture of {picture.size}: make them alike")
         variant = self._as_variant("inpaint")
         input_size, output_size = self._render_sizes(variant, picture, options.pop("size", None))
-        given = {
+        arguments = {
             "image": [resize_to(picture, input_size)],
             "mask_image": [mask_image.resize(input_size, Image.Resampling.NEAREST)],
         }
         options |= {"size": output_size}
-        drawn = self._run_pipeline(
-            variant, [self._prompt_arguments(Document.of(as_text(prompt))) | given], [seed], options, auto_size=True
+        generated = self._run_pipeline(
+            variant, [self._prompt_arguments(Document.of(as_text(prompt))) | arguments], [seed], options, auto_size=True
         )[0]
-        return Image.composite(resize_to(drawn, picture.size), picture, mask_image)
+        return Image.composite(resize_to(generated, picture.size), picture, mask_image)
 
     def info(self) -> EngineInfo:
         """See `InferenceEngine.info`."""
@@ -247,8 +247,10 @@ class DiffusersEngine(BaseEngine):
     def default_values(self, pipe: Pipeline) -> dict[str, OptionValue]:
         """The numbers that the signature of a pipeline (in the form of a task) has for its options, by the options'
         names."""
-        takes = call_parameters(pipe)
-        values = {name: takes[own].default for name, own in supported_options(pipe).items() if name != "size"}
+        parameters = call_parameters(pipe)
+        values = {
+            name: parameters[argument].default for name, argument in supported_options(pipe).items() if name != "size"
+        }
         return {name: value for name, value in values.items() if isinstance(value, (int, float))}
 
     def _prompt_arguments(self, document: Document) -> dict[str, object]:
@@ -295,17 +297,17 @@ class DiffusersEngine(BaseEngine):
         import diffusers
 
         is_inpainting, kind = "mask_image" in self.call_parameters, type(self.pipe)
-        own = {
+        is_native = {
             "text": not needs_image(kind),
             "edit": "image" in self.call_parameters and not is_inpainting,
             "inpaint": is_inpainting,
         }
-        if own[task]:
+        if is_native[task]:
             return self.pipe
         auto_classes = {"text": "AutoPipelineForText2Image", "edit": "AutoPipelineForImage2Image"}
         vae: Any = getattr(self.pipe, "vae", None)
-        own_channels = vae.config.get("latent_channels") if vae is not None and hasattr(self.pipe, "unet") else None
-        if own_channels and needs_image(kind) and network_config(self.pipe).get("in_channels") != own_channels:
+        latent_channels = vae.config.get("latent_channels") if vae is not None and hasattr(self.pipe, "unet") else None
+        if latent_channels and needs_image(kind) and network_config(self.pipe).get("in_channels") != latent_channels:
             variant = None  # its network reads the picture, so that it does this task alone
         else:
             try:
@@ -359,12 +361,12 @@ class DiffusersEngine(BaseEngine):
         seeds = [check_seed(seed) for seed in seeds]
         if self.default_scheduler is not None:
             pipe.scheduler = self._scheduler(pipe, solver)
-        takes, kind = call_parameters(pipe), type(pipe).__name__
+        parameters, kind = call_parameters(pipe), type(pipe).__name__
         unchecked = call_arguments.keys() - ENGINE_ARGUMENTS - {*supported_options(pipe).values()}
-        faults: tuple[type[Exception], ...] = (
+        errors: tuple[type[Exception], ...] = (
             (*PIPELINE_ERRORS, AttributeError, KeyError) if unchecked else PIPELINE_ERRORS
         )
-        if "output_type" in takes:
+        if "output_type" in parameters:
             call_arguments["output_type"] = "np"
         pipe.set_progress_bar_config(disable=not progress.visible(), leave=False)
         images = []
@@ -373,7 +375,7 @@ class DiffusersEngine(BaseEngine):
                 result = pipe(**arguments, **call_arguments, generator=[make_rng(seed)])
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{kind}: {first_line(error)}") from error
-            except faults as error:
+            except errors as error:
                 reason = f"{type(error).__name__}: {first_line(error)}"
                 raise ValueError(f"{kind} cannot draw this with these options ({reason})") from error
             picture = output_image(result, kind, pipe.dtype)
@@ -387,24 +389,26 @@ class DiffusersEngine(BaseEngine):
     ) -> tuple[dict[str, Any], str | None]:
         """The pipeline's own arguments, and the solver's name, of the options of a request. Raises ValueError in one
         line for options that it does not take, that are out of their range, or that would change nothing."""
-        own, takes, kind = supported_options(pipe), call_parameters(pipe), type(pipe).__name__
-        option_by_argument = {pipeline_arguments: name for name, pipeline_arguments in own.items() if name != "size"}
-        asked = {option_by_argument.get(name, name): value for name, value in options.items() if value is not None}
-        solver, size = asked.pop("solver", None), asked.pop("size", None)
-        if auto_size and "size" not in own:
+        argument_by_option, parameters, kind = supported_options(pipe), call_parameters(pipe), type(pipe).__name__
+        option_by_argument = {
+            pipeline_arguments: name for name, pipeline_arguments in argument_by_option.items() if name != "size"
+        }
+        requested = {option_by_argument.get(name, name): value for name, value in options.items() if value is not None}
+        solver, size = requested.pop("solver", None), requested.pop("size", None)
+        if auto_size and "size" not in argument_by_option:
             size = None
-        pipeline_arguments = takes.keys() - ENGINE_ARGUMENTS
-        reject_renamed(asked.keys() - pipeline_arguments)
-        unsupported = [name for name in asked if name not in own and name not in pipeline_arguments]
-        if size is not None and "size" not in own:
+        pipeline_arguments = parameters.keys() - ENGINE_ARGUMENTS
+        reject_renamed(requested.keys() - pipeline_arguments)
+        unsupported = [name for name in requested if name not in argument_by_option and name not in pipeline_arguments]
+        if size is not None and "size" not in argument_by_option:
             unsupported.append("size")
         if solver is not None and not compatible_schedulers(pipe, self.default_scheduler):
             unsupported.append("solver")
         if unsupported:
             supported = ", ".join(self.options(pipe)) or "no options"
             raise ValueError(f"{kind} does not take {', '.join(unsupported)}: leave that out (it takes {supported})")
-        check_option_ranges(asked)
-        call_arguments = {own.get(name, name): value for name, value in asked.items()}
+        check_option_ranges(requested)
+        call_arguments = {argument_by_option.get(name, name): value for name, value in requested.items()}
         if size is not None:
             Size().check("size", size)
             if size[0] * size[1] > MAX_OUTPUT_PIXELS:
@@ -412,9 +416,10 @@ class DiffusersEngine(BaseEngine):
                     f"a picture of {size[0]}x{size[1]} pixels is too large: at most {MAX_OUTPUT_PIXELS:,} pixels"
                 )
             call_arguments |= {"width": size[0], "height": size[1]}
-        self._check_guidance(kind, own, takes, call_arguments)
+        self._check_guidance(kind, argument_by_option, parameters, call_arguments)
         steps, strength = (
-            call_arguments.get(own.get(name, ""), self.default_values(pipe).get(name)) for name in ("steps", "strength")
+            call_arguments.get(argument_by_option.get(name, ""), self.default_values(pipe).get(name))
+            for name in ("steps", "strength")
         )
         if steps and strength and int(steps * strength) < 1:
             min_steps = math.ceil(1 / strength)

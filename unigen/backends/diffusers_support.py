@@ -116,7 +116,11 @@ def unsupported_reason(kind: type[Pipeline]) -> str | None:
     for part, task in UNSUPPORTED_TASKS.items():
         if part in kind.__name__:
             return f"it {task}, and only drawing and editing is done here"
-    required = [name for name, one in call_params.items() if one.default is one.empty and name not in ENGINE_INPUTS]
+    required = [
+        name
+        for name, parameter in call_params.items()
+        if parameter.default is parameter.empty and name not in ENGINE_INPUTS
+    ]
     if "mask_image" in call_params and "image" not in call_params:
         required.append("image_latents")
     if required:
@@ -139,7 +143,11 @@ def call_parameters(pipe: Pipeline | type[Pipeline]) -> dict[str, inspect.Parame
     """
     signature_params = inspect.signature(pipe.__call__).parameters
     named_kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return {name: one for name, one in signature_params.items() if name != "self" and one.kind in named_kinds}
+    return {
+        name: parameter
+        for name, parameter in signature_params.items()
+        if name != "self" and parameter.kind in named_kinds
+    }
 
 
 def needs_image(kind: type[Pipeline]) -> bool:
@@ -151,9 +159,11 @@ def needs_image(kind: type[Pipeline]) -> bool:
     Returns:
         True where they take an image, and neither diffusers nor `IMAGE_OPTIONAL` lists them as text-to-image.
     """
-    from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING as FROM_WORDS
+    from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING as TEXT_TO_IMAGE
 
-    return "image" in call_parameters(kind) and kind not in FROM_WORDS.values() and kind.__name__ not in IMAGE_OPTIONAL
+    return (
+        "image" in call_parameters(kind) and kind not in TEXT_TO_IMAGE.values() and kind.__name__ not in IMAGE_OPTIONAL
+    )
 
 
 def supported_options(pipe: Pipeline) -> dict[str, str]:
@@ -242,29 +252,29 @@ def compatible_schedulers(pipe: Pipeline, scheduler: Scheduler | None) -> dict[s
     step_arguments = {keyword.arg for node in steps for keyword in node.keywords if keyword.arg}
     if scheduler.config.get("use_dynamic_shifting") and flow:
         scheduler_arguments.add("mu")
-    compatible = {one.__name__ for one in scheduler.compatibles}
-    found = {}
+    compatible = {scheduler_class.__name__ for scheduler_class in scheduler.compatibles}
+    schedulers = {}
     for name, kind in (FLOW_SCHEDULERS if flow else SCHEDULERS).items():
-        one = getattr(diffusers, kind)
+        scheduler_class = getattr(diffusers, kind)
         if kind == type(scheduler).__name__:
-            found[name] = one
+            schedulers[name] = scheduler_class
             continue
         if not flow and kind not in compatible:
             continue
         if not flow and name in ("euler", "heun") and "scale_model_input" not in call:
             continue  # these scale what the network reads, and the pipeline would not ask for it
         has_learned_variance = str(scheduler.config.get("variance_type")).startswith("learned")
-        if has_learned_variance and not _accepts(one.__init__, "variance_type"):
+        if has_learned_variance and not _accepts(scheduler_class.__init__, "variance_type"):
             continue  # it would not know which half of what the network says is the variance
         if scheduler.config.get("prediction_type") == "flow_prediction" and not _accepts(
-            one.__init__, "use_flow_sigmas"
+            scheduler_class.__init__, "use_flow_sigmas"
         ):
             continue
-        if not all(_accepts(one.step, argument) for argument in step_arguments):
+        if not all(_accepts(scheduler_class.step, argument) for argument in step_arguments):
             continue
-        if all(_accepts(one.set_timesteps, argument) for argument in scheduler_arguments):
-            found[name] = one
-    return found
+        if all(_accepts(scheduler_class.set_timesteps, argument) for argument in scheduler_arguments):
+            schedulers[name] = scheduler_class
+    return schedulers
 
 
 def _accepts(function: Callable[..., object], name: str) -> bool:
@@ -336,7 +346,7 @@ def native_area(pipe: Pipeline) -> int:
     Returns:
         Height times width.
     """
-    sides = [one.default for name, one in call_parameters(pipe).items() if name in ("height", "width")]
+    sides = [parameter.default for name, parameter in call_parameters(pipe).items() if name in ("height", "width")]
     if len(sides) == 2 and all(isinstance(side, int) for side in sides):
         return int(math.prod(sides))
     side = network_config(pipe).get("sample_size")

@@ -64,7 +64,7 @@ class GlmImageEngine(DiffusersEngine):
         if max(picture.size) > 4 * min(picture.size):
             raise ValueError(f"GLM-Image reads pictures up to four times as long as wide, not {picture.size}: crop it")
         bounds = self.pipe.processor.image_processor.size
-        min_steps, exceeds_limit = bounds["shortest_edge"] ** 0.5, bounds["longest_edge"] ** 0.5
-        scale = min(max(1.0, min_steps / min(picture.size)), exceeds_limit / max(picture.size))
+        min_side, max_side = bounds["shortest_edge"] ** 0.5, bounds["longest_edge"] ** 0.5
+        scale = min(max(1.0, min_side / min(picture.size)), max_side / max(picture.size))
         width, height = (max(GLM_STRIDE, round(side * scale / GLM_STRIDE) * GLM_STRIDE) for side in picture.size)
         return (width, height), size or (width, height)

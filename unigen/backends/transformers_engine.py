@@ -205,8 +205,8 @@ class TransformersEngine(BaseEngine):
     def _build_inputs(self, document: Document) -> BatchEncoding:
         self._check_segments(document)
         messages: list[dict[str, Any]] = []
-        told, segments = split_system_messages(document.segments)
-        for segment in [Segment(text=told, role="system"), *segments] if told else segments:
+        system, segments = split_system_messages(document.segments)
+        for segment in [Segment(text=system, role="system"), *segments] if system else segments:
             if not messages or messages[-1]["role"] != segment.role:
                 messages.append({"role": segment.role, "content": []})
             if segment.image is not None:
@@ -266,13 +266,13 @@ def load_transformers(
         ValueError: in one line, for a folder that is damaged or has no chat template.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as SEEING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGE_TEXT_MODELS
 
-    sees = str(read_json(folder / CONFIG).get("model_type")) in SEEING
-    model_class = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    accepts_images = str(read_json(folder / CONFIG).get("model_type")) in IMAGE_TEXT_MODELS
+    model_class = AutoModelForImageTextToText if accepts_images else AutoModelForCausalLM
     try:
         with silence_transformers():
-            processor = load_processor(folder) if sees else text.load(folder)
+            processor = load_processor(folder) if accepts_images else text.load(folder)
     except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"model folder {folder} cannot be loaded: {first_line(error)}") from error
     if getattr(processor, "chat_template", None) is None:
@@ -282,7 +282,7 @@ def load_transformers(
         to_float32(model, model)
     if quantization is not None:
         quantize(model.get_decoder(), quantization, device)
-    return TransformersEngine(model.to(device), processor, sees, quantization, text_sampling_from(folder))
+    return TransformersEngine(model.to(device), processor, accepts_images, quantization, text_sampling_from(folder))
 
 
 def text_sampling_from(folder: Path, fallback: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -299,22 +299,30 @@ def text_sampling_from(folder: Path, fallback: dict[str, Any] | None = None) -> 
         ValueError: in one line, for numbers of the file that are out of their ranges.
     """
     path = folder / "generation_config.json"
-    said = read_json(path) if path.is_file() else {}
-    own = {name: said[name] for name in ("top_p", "top_k", "repetition_penalty") if said.get(name) is not None}
-    if said.get("do_sample") is None:
+    generation_config = read_json(path) if path.is_file() else {}
+    sampling = {
+        name: generation_config[name]
+        for name in ("top_p", "top_k", "repetition_penalty")
+        if generation_config.get(name) is not None
+    }
+    if generation_config.get("do_sample") is None:
         defaults = FALLBACK_SAMPLING if fallback is None else fallback
-        own = defaults | {
-            name: value for name, value in own.items() if name in defaults and name == "repetition_penalty"
+        sampling = defaults | {
+            name: value for name, value in sampling.items() if name in defaults and name == "repetition_penalty"
         }
-    elif said["do_sample"]:
-        own = {"temperature": 1.0 if said.get("temperature") is None else said["temperature"]} | own
+    elif generation_config["do_sample"]:
+        sampling = {
+            "temperature": 1.0 if generation_config.get("temperature") is None else generation_config["temperature"]
+        } | sampling
     else:
-        own = {"temperature": 0.0} | {name: value for name, value in own.items() if name == "repetition_penalty"}
+        sampling = {"temperature": 0.0} | {
+            name: value for name, value in sampling.items() if name == "repetition_penalty"
+        }
     try:
-        SamplingOptions(**own)
+        SamplingOptions(**sampling)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return own
+    return sampling
 
 
 def load_processor(folder: Path) -> ProcessorMixin:
@@ -335,8 +343,8 @@ def load_processor(folder: Path) -> ProcessorMixin:
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
     files = (folder / name for name in ("processor_config.json", "preprocessor_config.json", text.TOKENIZER_CONFIG))
-    said = (read_json(path).get("processor_class") for path in files if path.is_file())
-    name = next((name for name in said if name), None)
+    class_names = (read_json(path).get("processor_class") for path in files if path.is_file())
+    name = next((name for name in class_names if name), None)
     model_class = getattr(transformers, name, None) if name else None
     model_class = model_class or PROCESSOR_MAPPING.get(
         type(AutoConfig.from_pretrained(folder, local_files_only=True)), None

@@ -357,9 +357,9 @@ class VllmScheduler(Scheduler):
     def num_cached_tokens(self) -> int:
         """Positions in the cache here and of all running spans in vLLM; a prefix that branches share counts for
         each."""
-        there = (segment for segment in self._submitted_segments.values() if segment.names)
+        submitted = (segment for segment in self._submitted_segments.values() if segment.names)
         return super().num_cached_tokens + sum(
-            len(prompt) + len(segment.ids) for segment in there for prompt in segment.prompts
+            len(prompt) + len(segment.ids) for segment in submitted for prompt in segment.prompts
         )
 
     def new_sequence(self, request: Request) -> SequenceState:

@@ -227,9 +227,9 @@ class GuidedSampler(LogitsProcessor):
             The same tensor.
         """
         groups: dict[str, dict[int, int]] = {}
-        for row, one in self.rows.items():
-            groups.setdefault(one.group, {})[one.branch] = row
-        alike: dict[tuple[Vocabulary, bool, tuple[int, ...]], list[list[int]]] = {}
+        for row, branch in self.rows.items():
+            groups.setdefault(branch.group, {})[branch.branch] = row
+        groups_by_kind: dict[tuple[Vocabulary, bool, tuple[int, ...]], list[list[int]]] = {}
         for branches in groups.values():
             rows = [branches[number] for number in sorted(branches)]
             first = self.rows[rows[0]]
@@ -239,14 +239,14 @@ class GuidedSampler(LogitsProcessor):
                 force_id(logits_RV, rows, id)
                 continue
             kind = (first.vocabulary, first.span.grid is None, tuple(first.forbidden_ids))
-            alike.setdefault(kind, []).append(rows)
-        for (vocabulary, is_text, forbidden), together in alike.items():
+            groups_by_kind.setdefault(kind, []).append(rows)
+        for (vocabulary, is_text, forbidden), row_groups in groups_by_kind.items():
             generator = Text(list(forbidden)) if is_text else NextToken((0, 0))
-            states = [self.rows[rows[0]].state() for rows in together]
+            states = [self.rows[rows[0]].state() for rows in row_groups]
             generator.step(
-                LogitsModel(vocabulary), states, [[logits_RV[row, None] for row in rows] for rows in together]
+                LogitsModel(vocabulary), states, [[logits_RV[row, None] for row in rows] for rows in row_groups]
             )
-            for rows, state in zip(together, states, strict=True):
+            for rows, state in zip(row_groups, states, strict=True):
                 force_id(logits_RV, rows, state.pending_ids[0] if state.finite else non_finite_id(vocabulary, is_text))
         return logits_RV
 
@@ -327,10 +327,10 @@ class GuidedScheduler(Scheduler):
         preempted_ids = self._preempt_siblings()
         waiting_queue = self.waiting
         self.waiting = create_request_queue(self.policy)
-        let_in = self._admissible_requests(list(waiting_queue), preempted_ids)
-        for request in let_in:
+        admitted = self._admissible_requests(list(waiting_queue), preempted_ids)
+        for request in admitted:
             self.waiting.add_request(request)
-        waiting_queue.remove_requests(let_in)
+        waiting_queue.remove_requests(admitted)
         try:
             return super().schedule(*args, **options)
         finally:
@@ -357,12 +357,12 @@ class GuidedScheduler(Scheduler):
         """Who may begin now: first come, first served, and all branches of a span or none."""
         by_id = {request.request_id: request for request in waiting}
         room = self.max_num_running_reqs - len(self.running)
-        let_in: dict[str, Request] = {}
+        admitted: dict[str, Request] = {}
         for request in waiting:
             name = request.request_id
-            if name in let_in:
+            if name in admitted:
                 continue
-            comers = [request]
+            group = [request]
             if name in self.group_by_request:
                 siblings = [
                     self.requests[sibling_id] for sibling_id in self._sibling_ids(name) if sibling_id in self.requests
@@ -371,16 +371,16 @@ class GuidedScheduler(Scheduler):
                     continue
                 group_requests = [request, *siblings]
                 max_tokens = min(
-                    min(one.max_tokens, self.max_model_len - one.num_prompt_tokens) for one in group_requests
+                    min(member.max_tokens, self.max_model_len - member.num_prompt_tokens) for member in group_requests
                 )
-                for one in group_requests:  # all end in the same step
-                    one.max_tokens = max_tokens
-                comers += [one for one in siblings if one.request_id in by_id]
-            if len(comers) > room:
+                for member in group_requests:  # all end in the same step
+                    member.max_tokens = max_tokens
+                group += [member for member in siblings if member.request_id in by_id]
+            if len(group) > room:
                 break
-            let_in.update((one.request_id, one) for one in comers)
-            room -= len(comers)
-        return list(let_in.values())
+            admitted.update((member.request_id, member) for member in group)
+            room -= len(group)
+        return list(admitted.values())
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, output: ModelRunnerOutput

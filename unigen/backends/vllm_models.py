@@ -142,7 +142,7 @@ class UnigenJanusForCausalLM(LlamaForCausalLM):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        told, config = vllm_config.model_config, vllm_config.model_config.hf_config
+        model_config, config = vllm_config.model_config, vllm_config.model_config.hf_config
         if get_pp_group().is_last_rank:
             names = {"quant_config": vllm_config.quant_config, "prefix": maybe_prefix(prefix, "lm_head")}
             self.lm_head = ParallelLMHead(config.text_size, config.hidden_size, **names)
@@ -153,7 +153,7 @@ class UnigenJanusForCausalLM(LlamaForCausalLM):
             nn.Linear(config.head_width, config.vocab_size - config.text_size),
         )
         backbone_source = DefaultModelLoader.Source(
-            told.model, told.revision, subfolder="backbone", prefix=BACKBONE_PREFIX
+            model_config.model, model_config.revision, subfolder="backbone", prefix=BACKBONE_PREFIX
         )
         self.secondary_weights = (backbone_source,)
 
@@ -204,12 +204,12 @@ def load_weights_strict(model: LlamaForCausalLM, load: Callable[[Weights], set[s
     """
     weight_names: set[str] = set()
 
-    def told() -> Iterator[tuple[str, Tensor]]:
+    def record_names() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in weights:
             weight_names.add(name)
             yield name, tensor
 
-    loaded_names = load(told())
+    loaded_names = load(record_names())
     parts: dict[str, list[str]] = {}
     mapper: WeightsMapper = model.hf_to_vllm_mapper
     for part, (fused_name, _) in mapper.orig_to_new_stacked.items():
@@ -218,7 +218,7 @@ def load_weights_strict(model: LlamaForCausalLM, load: Callable[[Weights], set[s
     for name, _ in model.named_parameters():
         fused_name = next((fused_name for fused_name in parts if f"{fused_name}." in name), "")
         required_names |= {name.replace(fused_name, part) for part in parts[fused_name]} if fused_name else {name}
-    if model.model.quant_config is None and (KEEP := sorted(required_names - weight_names)):
-        more = f" and {len(KEEP) - 3} more" if len(KEEP) > 3 else ""
-        raise ValueError(f"the model lacks {', '.join(KEEP[:3])}{more}: it is not whole")
+    if model.model.quant_config is None and (missing := sorted(required_names - weight_names)):
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ValueError(f"the model lacks {', '.join(missing[:3])}{more}: it is not whole")
     return loaded_names

@@ -107,13 +107,13 @@ def parse_setting(value: str) -> tuple[str, object]:
     Raises:
         argparse.ArgumentTypeError: where the name or the value is missing.
     """
-    name, _, given = value.partition("=")
-    if not name.isidentifier() or not given:
+    name, _, text = value.partition("=")
+    if not name.isidentifier() or not text:
         raise argparse.ArgumentTypeError(f"{value!r} is not a setting like max_model_len=4096")
     try:
-        return name, json.loads(given)
+        return name, json.loads(text)
     except ValueError:
-        return name, given
+        return name, text
 
 
 def parse_text(value: str) -> str:
@@ -196,11 +196,11 @@ def load_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """
     if args.adapter and not args.lmm:
         raise ValueError("an adapter joins two models: give the one that reads too, by --lmm")
-    pair = {"lmm": args.lmm, "generator": args.model, "adapter": args.adapter}
-    given = (pair if args.lmm else {"name": args.model}) | precision.load_options(args)
+    composed = {"lmm": args.lmm, "generator": args.model, "adapter": args.adapter}
+    keywords = (composed if args.lmm else {"name": args.model}) | precision.load_options(args)
     if args.vllm or args.engine != "local":
-        given |= {"engine": args.engine, "vllm": dict(args.vllm or [])}
-    return given
+        keywords |= {"engine": args.engine, "vllm": dict(args.vllm or [])}
+    return keywords
 
 
 def load(args: argparse.Namespace) -> Any:

@@ -248,8 +248,8 @@ class Chat:
         name, _, arguments = line.partition(" ")
         arguments = arguments.strip()
         if name not in COMMANDS:
-            named = os.path.isfile(os.path.expanduser(line))
-            hint = f"; to attach a picture: /image {line}" if named else did_you_mean(name, COMMANDS)
+            is_file = os.path.isfile(os.path.expanduser(line))
+            hint = f"; to attach a picture: /image {line}" if is_file else did_you_mean(name, COMMANDS)
             name = name if len(name) <= 80 else f"{name[:77]}..."
             raise ValueError(f"unknown command {name}{hint} (commands: {' '.join(COMMANDS)})")
         if name in ("/save", "/load") and not arguments:
@@ -300,8 +300,8 @@ class Chat:
             if not all(isinstance(number, int) and number >= 0 for number in (seed, turn)):
                 raise ValueError("seed and turn are whole numbers")
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            what = f"no {error}" if isinstance(error, KeyError) else error
-            raise ValueError(f"{path} holds no conversation: {what}") from error
+            reason = f"no {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{path} holds no conversation: {reason}") from error
         self.document, self.seed, self.turn = document, seed, turn
         return turns
 
@@ -317,8 +317,8 @@ class Chat:
         Raises:
             ValueError: in one line, for what the engine refuses.
         """
-        asked = [*(Segment(image=image) for image in self.pending_images), Segment(text=line)]
-        request = Document([*self.document.segments, *asked])
+        user_segments = [*(Segment(image=image) for image in self.pending_images), Segment(text=line)]
+        request = Document([*self.document.segments, *user_segments])
         answer: list[Segment] = []
         output = self.output or default_output(request, engine.outputs)
         stream = engine.stream(request, output=output, seed=offset_seed(self.seed, self.turn), **self.options)

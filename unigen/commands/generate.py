@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     count = args.n or 1
     if args.piped and count > 1 and not args.grid:
         raise ValueError("only one picture can be written to stdout: add --grid, or give -o a file name")
-    asked = args.prompt if args.label is None else Segment(label=args.label)
+    prompt = args.prompt if args.label is None else Segment(label=args.label)
     path = check_output(args.output, IMAGE_FORMATS)
     paths = [path] if args.grid else [check_output(one, IMAGE_FORMATS) for one in numbered_paths(path, count)]
     engine = load(args)
@@ -69,8 +69,8 @@ def run(args: argparse.Namespace) -> int:
         with progress.bar(count, "image", silent=count <= batch) as bar:
             for start_index in range(0, count, batch):
                 n = min(batch, count - start_index)
-                made = engine.generate(asked, output="image", n=n, seed=offset_seed(seed, start_index), **options)
-                images += made if n > 1 else [made]
+                outputs = engine.generate(prompt, output="image", n=n, seed=offset_seed(seed, start_index), **options)
+                images += outputs if n > 1 else [outputs]
                 bar.clear()
                 if not args.grid:  # each batch is saved as it is finished
                     for target, image in zip(paths[start_index : start_index + n], images, strict=True):

@@ -32,13 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `unigen inpaint`."""
     parser.add_argument("image", help="the picture to paint in")
     parser.add_argument("prompt", type=parse_text, help="what the whole picture is to show")
-    where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--mask", type=non_empty, metavar="FILE", help="a picture, white and opaque where to paint")
-    where.add_argument(
+    region = parser.add_mutually_exclusive_group(required=True)
+    region.add_argument("--mask", type=non_empty, metavar="FILE", help="a picture, white and opaque where to paint")
+    region.add_argument(
         "--box", type=parse_box, metavar="L,T,R,B", help="paint inside this box, in pixels of the picture"
     )
-    where.add_argument("--around", type=parse_box, metavar="L,T,R,B", help="paint outside this box (outpainting)")
-    add_argument(where, "variation", VariationOptions.options()["variation"])
+    region.add_argument("--around", type=parse_box, metavar="L,T,R,B", help="paint outside this box (outpainting)")
+    add_argument(region, "variation", VariationOptions.options()["variation"])
     parser.add_argument(
         "-o", "--output", default="out.png", help="the new picture, - is a PNG on stdout (default: %(default)s)"
     )
@@ -72,6 +72,6 @@ def run(args: argparse.Namespace) -> int:
     report_size_change(image.size, result)
     if mask is not None and (window := engine.inpaint_window(mask)):
         left, top, right, bottom = window
-        where = f"{right - left}x{bottom - top} pixels at {left},{top}"
-        print(f"note: this model painted in a square of {where} of your picture; all else stays", file=sys.stderr)
+        square = f"{right - left}x{bottom - top} pixels at {left},{top}"
+        print(f"note: this model painted in a square of {square} of your picture; all else stays", file=sys.stderr)
     return print_elapsed(args, [path], start)

@@ -50,9 +50,9 @@ ORDER = (
 
 def find_commands() -> dict[str, ModuleType]:
     """Import the modules of all commands. Returns them by name, in the order of the help text."""
-    names = {found.name for found in pkgutil.iter_modules(unigen.commands.__path__)} - set(HELPERS)
-    listed = [*(name for name in ORDER if name in names), *sorted(names - set(ORDER))]
-    return {name: importlib.import_module(f"unigen.commands.{name}") for name in listed}
+    names = {module.name for module in pkgutil.iter_modules(unigen.commands.__path__)} - set(HELPERS)
+    ordered = [*(name for name in ORDER if name in names), *sorted(names - set(ORDER))]
+    return {name: importlib.import_module(f"unigen.commands.{name}") for name in ordered}
 
 
 COMMANDS = find_commands()

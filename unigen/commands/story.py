@@ -57,8 +57,8 @@ def story_prompt(prompt: str, references: int) -> str:
     Returns:
         The prompt.
     """
-    asked = prompt if "story" in prompt.lower().split() else f"a story about {prompt}"
+    request = prompt if "story" in prompt.lower().split() else f"a story about {prompt}"
     if not references:
-        return asked
+        return request
     reference_words = "this image" if references == 1 else f"these {references if references > 2 else 'two'} images"
-    return f"follow the identity of {reference_words}: {asked}"
+    return f"follow the identity of {reference_words}: {request}"

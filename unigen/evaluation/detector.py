@@ -275,14 +275,14 @@ def detector_losses(out: dict[str, Tensor], target: DetectorTargets) -> dict[str
 
     rows = torch.arange(b, device=heat.device)[:, None].expand_as(index)[valid]
     cx, cy = cell[..., 0][valid].long(), cell[..., 1][valid].long()
-    want = torch.cat([(side / 16).log(), center - cell - 0.5], -1)[valid]
-    got = out["shape"].float()[rows, :, cy, cx]
+    expected = torch.cat([(side / 16).log(), center - cell - 0.5], -1)[valid]
+    predicted = out["shape"].float()[rows, :, cy, cx]
     color = F.cross_entropy(out["color"].float()[rows, :, cy, cx], target.colors[valid], reduction="sum")
     has_background = target.background >= 0
     ground = F.cross_entropy(out["background"].float(), target.background, ignore_index=-1, reduction="sum")
     return {
         "heat": (loss.sum(), torch.maximum(count, torch.ones_like(count))),
-        "shape": ((got - want).abs().sum(), count),
+        "shape": ((predicted - expected).abs().sum(), count),
         "color": (color, count),
         "background": (ground, has_background.sum()),
     }

@@ -109,11 +109,11 @@ def make_prompts(tag: str, count: int, seed: int) -> list[Example]:
         i = len(examples)
         if i == count:
             break
-        want = tag != "single_object" and i % 10 in (2, 5, 8)
+        held_out = tag != "single_object" and i % 10 in (2, 5, 8)
         groups, relation = _sample_request(
             tag, rng, int(shuffle[i // 2 % len(shuffle)]) if tag == "single_object" else i
         )
-        if bool(held_out_combinations(groups)) != want:
+        if bool(held_out_combinations(groups)) != held_out:
             continue
         has_background = i % 2 == 1 if tag == "single_object" else i % 4 == 3
         prompts_exhausted = k > 20 * count  # all without a background are used up
@@ -121,7 +121,7 @@ def make_prompts(tag: str, count: int, seed: int) -> list[Example]:
             list(BACKGROUNDS)[int(rng.integers(len(BACKGROUNDS)))] if has_background or prompts_exhausted else None
         )
         facts = Facts(groups, background, relation)
-        metadata = {"spec": geneval_spec(tag, facts), "background": background, "heldout": want, "groups": groups}
+        metadata = {"spec": geneval_spec(tag, facts), "background": background, "heldout": held_out, "groups": groups}
         examples.setdefault(caption(facts), Example(caption(facts), tag, metadata | {"relation": relation}))
     if len(examples) < count:
         raise ValueError(f"there are only {len(examples)} different prompts for {tag}: ask for fewer than {count}")
@@ -223,7 +223,9 @@ class ScenesTask(GenerationTask[Image.Image]):
     def false_positive_rate(self, images: Sequence[Image.Image]) -> float:
         """The share of images in which any object is found, although there is none."""
         threshold = self.detector.config.threshold
-        found = [any(one.score > threshold for one in detections.objects) for detections in self.detect(images)]
+        found = [
+            any(detection.score > threshold for detection in detections.objects) for detections in self.detect(images)
+        ]
         return float(np.mean(found))
 
     def run(self, run: EvaluationRun) -> Report:
@@ -283,14 +285,14 @@ def summarize_scores(examples: Sequence[Example], scores: Sequence[Sequence[Scor
 
     overall, strict = mean("correct"), mean("strict")
     assert overall is not None and strict is not None
-    has_background = [s["background"] for row in scores for s in row if "background" in s]
+    background_scores = [s["background"] for row in scores for s in row if "background" in s]
     best = float(np.mean([max(s["correct"] for s in row) for row in scores]))
     return ScenesResult(
         overall,
         strict,
         mean("correct", False),
         mean("correct", True),
-        float(np.mean(has_background)) if has_background else None,
+        float(np.mean(background_scores)) if background_scores else None,
         best,
     )
 
