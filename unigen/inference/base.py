@@ -1,7 +1,7 @@
-"""What engines share: the easy calls, written over `generate_results`, and one line for what an engine cannot do.
+"""Base class of engines: the easy calls, written with `generate_results`, and one-line errors for missing features.
 
-An engine subclasses `BaseEngine` and writes `generate_results`, `check` and `info`; it overrides what else it can do.
-Does not depend on: models, how anything is generated.
+An engine subclasses `BaseEngine` and writes `generate_results`, `check` and `info`. It overrides the other methods that
+it supports. Does not depend on: models, how answers are generated.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ if TYPE_CHECKING:
 
 
 class BaseEngine(ABC):
-    """An `InferenceEngine` that answers one request after another, and does nothing but generate."""
+    """An `InferenceEngine` that answers requests one after another and supports only generation."""
 
     batched = False
     accepts_images = False
     pipeline: object | None = None
+    """See `InferenceEngine.pipeline`."""
 
     @property
     def local_model(self) -> UnifiedModel | None:
@@ -144,12 +145,16 @@ class BaseEngine(ABC):
     def stream(
         self, prompt: Prompt, output: Output = "interleaved", *, seed: int = 0, **options: OptionValue
     ) -> Iterator[str | Image | Preview]:
-        """See `InferenceEngine.stream`. The answer comes whole."""
+        """See `InferenceEngine.stream`. The answer comes as a whole."""
         self.check(prompt, output, seed=seed, **options)
         return self._stream_whole(prompt, output, seed, options)
 
     def _check_option_names(self, method: str, options: Mapping[str, OptionValue]) -> None:
-        """Raises ValueError for options that a method does not have, before anything else is checked."""
+        """Reject options that a method does not have, before anything else is checked.
+
+        Raises:
+            ValueError: there is such an option.
+        """
         return
 
     def _stream_whole(
@@ -184,7 +189,7 @@ class BaseEngine(ABC):
         raise UnsupportedError("this model does not inpaint images: give one that does")
 
     def inpaint_window(self, mask: ImageSource) -> tuple[int, int, int, int] | None:
-        """See `InferenceEngine.inpaint_window`. The whole image is painted in."""
+        """See `InferenceEngine.inpaint_window`. Inpainting is not limited to a part of the image."""
         return None
 
     def pair(
@@ -202,7 +207,7 @@ class BaseEngine(ABC):
         raise UnsupportedError("this model gives no hidden states: give a language model on the local engine")
 
     def default_options(self, output: Output, given: Mapping[str, OptionValue] | None = None) -> dict[str, OptionValue]:
-        """See `InferenceEngine.default_options`. None is known."""
+        """See `InferenceEngine.default_options`. No default is known."""
         return {}
 
     def _repr_html_(self) -> str:
@@ -210,12 +215,15 @@ class BaseEngine(ABC):
 
 
 def check_record(record: Record, supported: Record, reason: str) -> None:
-    """Raises UnsupportedError where an engine cannot record what is asked for.
+    """Check that an engine can record what a request wants.
 
     Args:
-        record: what is asked for.
+        record: what the request wants.
         supported: what the engine can record.
         reason: why it cannot record more, and what to do.
+
+    Raises:
+        UnsupportedError: the engine cannot record all of it.
     """
     names = [name for name, value in vars(record).items() if value and not getattr(supported, name)]
     if names:

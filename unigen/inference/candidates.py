@@ -1,7 +1,7 @@
-"""Requests that are ready to run, and several candidates for one answer, of which the best is kept.
+"""Prepared requests, and best-of-n: several candidates for one answer, of which the best is kept.
 
-Captions of one image are compared by which of them the model would likeliest draw it, images of words by in which of
-them it would likeliest read the words (`unigen.inference.scoring`). Does not depend on: how answers are generated.
+Captions of one image are compared by the likelihood of the image given each caption, images of one text by the
+likelihood of the text given each image (`unigen.inference.scoring`). Does not depend on: how answers are generated.
 """
 
 from __future__ import annotations
@@ -20,26 +20,34 @@ from unigen.model.unified import UnifiedModel
 
 
 def identity(image: Image) -> Image:
-    """The image as it is."""
+    """Return an image unchanged.
+
+    Args:
+        image: any.
+    """
     return image
 
 
 @dataclass(frozen=True)
 class PreparedRequest:
-    """A validated request: the sequences to run, and how the answer is made of theirs."""
+    """A validated request: the sequences to run, and how their answers become one."""
 
     requests: list[Request]
-    """One a candidate."""
+    """One request for each candidate."""
     document: Document
-    """The prompt, its images encoded where there are several candidates."""
+    """The prompt; its images are encoded where there are several candidates."""
     settings: dict[str, object]
-    """How the answer is made, by the options' names."""
+    """Settings of the generation, by the options' names."""
     composite: Callable[[Image], Image] = identity
-    """Puts a generated image where it belongs: into the image that is inpainted."""
+    """Puts a generated image into the image that is inpainted; else the identity."""
 
 
 def can_rerank(model: UnifiedModel) -> bool:
-    """Whether the model says how well an image and a text go together, so that one of several candidates is best."""
+    """Whether a model can score how well an image and a text match, to choose the best of several candidates.
+
+    Args:
+        model: generates the candidates.
+    """
     return (
         model.vision_encoder is None and not model.template.classes and {"next-token", "text"} <= set(model.generators)
     )
@@ -48,17 +56,19 @@ def can_rerank(model: UnifiedModel) -> bool:
 def expand_candidates(
     model: UnifiedModel, document: Document, count: int, build: Callable[[Document, dict[str, float], int], Request]
 ) -> PreparedRequest:
-    """The requests of several candidates.
+    """Prepare the requests of several candidates.
 
     Args:
-        model: generates them and compares them.
-        document: one image and its question, or words.
-        count: how many candidates.
-        build: makes the request of a document, with options that differ from those given, and of a candidate's index.
+        model: generates the candidates and compares them.
+        document: the prompt: an image and its question, or a text.
+        count: number of candidates, in 1 to 64.
+        build: builds the request of a document, changed options, and a candidate's index.
+
     Returns:
-        The request that would run alone, and others, captions at temperature 1.
+        The request that would run alone, and the others; captions after the first are sampled at temperature 1.
+
     Raises:
-        ValueError: where the model cannot compare what they answer.
+        ValueError: the model cannot compare such answers.
     """
     CANDIDATES.check("candidates", count)
     document = model.encode_document(document)
@@ -75,17 +85,20 @@ def expand_candidates(
 def select_best(
     model: UnifiedModel, prepared: Sequence[PreparedRequest], answers: Sequence[Sequence[Answer]]
 ) -> list[int]:
-    """Of each request the index of the best of its candidates' answers; the first of equals.
+    """Choose the best answer of each request.
 
     Args:
-        model: compares them.
+        model: compares the answers.
         prepared: requests of `expand_candidates`, all of one output.
-        answers: their candidates' answers.
+        answers: of each request the answers of its candidates.
+
+    Returns:
+        Of each request the index of its best answer; the first of equals.
     """
     documents = [request.document for request in prepared]
     if prepared[0].requests[0].output == "image":
         best = rerank_images(model, [str(document.segments[0].text) for document in documents], answers)
-        return [[one is chosen for one in row].index(True) for row, chosen in zip(answers, best, strict=True)]
+        return [[image is chosen for image in row].index(True) for row, chosen in zip(answers, best, strict=True)]
     captions = [[str(text) for text in dict.fromkeys(row)] for row in answers]  # type: ignore[arg-type]
     return [
         list(row).index(text) for row, text in zip(answers, rerank_captions(model, documents, captions), strict=True)

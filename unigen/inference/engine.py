@@ -47,8 +47,9 @@ from unigen.utils.option_types import COUNT, Name
 from unigen.utils.text import check_text
 
 GENERATE_OPTIONS = ("n", "candidates", *REQUEST_OPTIONS)
-"""The options of methods that ask `generate`."""
+"""The options of methods that call `generate`."""
 BATCH_OPTIONS = ("seeds", "candidates", *(name for name in REQUEST_OPTIONS if name != "seed"))
+"""The options of methods that take several prompts."""
 METHOD_OPTIONS = {
     "generate": GENERATE_OPTIONS,
     "generate_batch": BATCH_OPTIONS,
@@ -64,22 +65,21 @@ with_keywords, with_request_keywords = name_keywords([AnswerCount, *REQUEST_GROU
 
 
 class Engine(BaseEngine):
-    """Generates with one model, which it does not change. Not safe to share between threads."""
+    """The local engine: it generates with one model, which it does not change. Not safe to share between threads."""
 
     batched = True
     accepts_images = True
 
-    def __init__(self, model: UnifiedModel, text_sampling: dict[str, Any] | None = None) -> None:
+    def __init__(self, model: UnifiedModel, text_sampling: dict[str, OptionValue] | None = None) -> None:
         """An engine of a model.
 
         Args:
             model: in evaluation mode, as `unigen.load` and `UnifiedModel.inference_copy` give it: with `pack_linears`.
-            text_sampling: how text is sampled in a composed engine where a request does not say, as far as the
-                checkpoint says.
+            text_sampling: the checkpoint's default options of text in a composed engine.
         """
         self.model, self.text_sampling = model, text_sampling or {}
 
-    # ---------------------------------------------------------------- what users call
+    # ---------------------------------------------------------------- the contract of engines
 
     def generate_results(
         self,
@@ -90,15 +90,21 @@ class Engine(BaseEngine):
         record: Record = RECORD_NOTHING,
         **options: Any,
     ) -> list[GenerationResult]:
-        """See `InferenceEngine.generate_results`: all in one batch.
+        """See `InferenceEngine.generate_results`: all prompts run in one batch.
 
         Args:
-            prompts: what is asked for.
+            prompts: the prompts.
             seeds: one for each prompt; None is 0, 1, ...
-            output: what the answers are to hold.
-            record: what to keep beside ids and codes.
-            options: see `unigen.inference.request.build_request`. candidates: so many answers, and the best of them
-                (`unigen.inference.candidates`), whose result it is.
+            output: kind of the answers.
+            record: what to record beside ids and codes.
+            **options: see `unigen.inference.request.build_request`. With `candidates`, the result is that of the best
+                of so many answers (`unigen.inference.candidates`).
+
+        Returns:
+            One result for each prompt, in their order.
+
+        Raises:
+            ValueError: in one line, for bad input.
         """
         self._check_option_names("generate_results", options)
         candidates = options.pop("candidates", 1)
@@ -111,8 +117,8 @@ class Engine(BaseEngine):
             self.prepare(prompt, output, seed=seed, candidates=candidates, record=record, **options)
             for prompt, seed in prompts_and_seeds
         ]
-        results = iter(self._run_requests([request for one in prepared for request in one.requests], output))
-        rows = [[next(results) for _ in one.requests] for one in prepared]
+        results = iter(self._run_requests([request for group in prepared for request in group.requests], output))
+        rows = [[next(results) for _ in group.requests] for group in prepared]
         if candidates == 1:
             return [row[0] for row in rows]
         best = self.select_best(prepared, [[result.output for result in row] for row in rows])
@@ -121,7 +127,7 @@ class Engine(BaseEngine):
     def _run_requests(self, requests: Sequence[Request], output: Output) -> list[GenerationResult]:
         """The result of each request."""
         parts: list[list[Any]] = [MediaList() for _ in requests]
-        is_interleaved = len(requests) == 1 and output == "interleaved"  # how long it will be is not known
+        is_interleaved = len(requests) == 1 and output == "interleaved"  # its length is unknown
         scheduler, sequences = self._new_sequences(requests)
         with progress.bar(None if is_interleaved else len(requests), "image", fractions=not is_interleaved) as bar:
             for request_index, part in self._run_to_completion(
@@ -160,10 +166,9 @@ class Engine(BaseEngine):
 
     @with_request_keywords
     def stream(
-        self, prompt: Prompt, output: Output = "interleaved", *, seed: int = 0, **options: Any
+        self, prompt: Prompt, output: Output = "interleaved", *, seed: int = 0, **options: OptionValue
     ) -> Iterator[Part]:
-        """See `InferenceEngine.stream`. Before an image come as many previews as `previews` asks for, where its
-        generator has any."""
+        """See `InferenceEngine.stream`. Up to `previews` previews come before an image, where its generator has any."""
         self._check_option_names("stream", options)
         parts = self.run([self.request(prompt, output, seed=seed, **options)])
         return (part for _, part in parts)
@@ -172,22 +177,18 @@ class Engine(BaseEngine):
     def describe(
         self, image: ImageSource, question: str | None = None, *, seed: int = 0, **options: Any
     ) -> str | list[str]:
-        """A caption of the picture, the best of as many `candidates` as suit the model, or the answer to a question;
-        with n > 1 a list of them.
-
-        image: here and in all methods below a path, a PIL image, or all else that `unigen.media.images.read_image`
-        takes."""
+        """See `InferenceEngine.describe`. A caption is the best of several candidates, as many as suit the model."""
         self._check_option_names("describe", options)
         if question is not None and not check_text("the question", question).strip():
             raise ValueError("the question is empty: ask something, or leave it out for a caption")
         use_candidates = question is None and self.can_rerank
-        asked = {"candidates": self.model.template.num_candidates if use_candidates else 1} | options
+        call_options = {"candidates": self.model.template.num_candidates if use_candidates else 1} | options
         prompt: Prompt = [_as_image(image), as_text(question or CAPTION_PROMPT)]
-        return self.generate(prompt, "text", seed=seed, **asked)
+        return self.generate(prompt, "text", seed=seed, **call_options)
 
     @with_keywords
     def edit(self, image: ImageSource, instruction: str, *, seed: int = 0, **options: Any) -> Image | list[Image]:
-        """The picture changed as the instruction says, of the size that the model draws."""
+        """See `InferenceEngine.edit`. The image has the size that the model generates."""
         self._check_option_names("edit", options)
         if not check_text("the instruction", instruction).strip():
             raise ValueError("the instruction is empty: say what to change")
@@ -198,10 +199,11 @@ class Engine(BaseEngine):
     def pair(
         self, text: str | None = None, image: ImageSource | None = None, **options: Any
     ) -> tuple[str, Image] | list[tuple[str, Image]]:
-        """A text and a picture (str, PIL) that belong together, written at once by a generator that writes both; with
-        n > 1 a list of such pairs. What is given stays, as the model reads it: a text in lower case and of limited
-        length, a picture as its codes. Where nothing is given, both are new. Raises ValueError where the model has no
-        such generator."""
+        """See `InferenceEngine.pair`. One generator writes both at once.
+
+        A given text or image stays as the model reads it: the text in lower case and of limited length, the image as
+        its codes. Without either, both are generated.
+        """
         self._check_option_names("pair", options)
         if text is not None and not check_text("the text", text).strip():
             raise ValueError("the text is empty: say what the picture shows, or leave it out")
@@ -210,7 +212,7 @@ class Engine(BaseEngine):
             if "fixed_codes" in options:
                 raise ValueError("give the picture or its codes, not both")
             pixels = self.model.preprocess_images([read_image(image)])
-            defaults = {"temperature": 0.0, "guidance": 1.0} | options  # no code is left to be guided
+            defaults = {"temperature": 0.0, "guidance": 1.0} | options  # all codes are fixed: none is sampled
             options = defaults | {"fixed_codes": self.model.encode_images(pixels)[0].cpu()}
         results: Any = self.generate(document, "pair", **{"generator": "joint"} | options)
         return tuple(results) if options.get("n", 1) == 1 else MediaList(tuple(pair) for pair in results)
@@ -226,13 +228,25 @@ class Engine(BaseEngine):
         seed: int = 0,
         **options: Any,
     ) -> Image | list[Image]:
-        """The picture, in its own size, with what the mask marks painted anew as the prompt says; all else stays as it
-        is. What is painted has no more detail than the pictures that the model draws, and lies inside a square of the
-        picture's shorter side around the middle of the marks.
+        """See `InferenceEngine.inpaint`. The image keeps its size, and pixels that are not marked stay as they are.
 
-        mask: of the image's shape, white where to paint (`unigen.media.images.read_mask`). variation: instead of a
-        mask, the share of the picture, drawn by lot, that is painted anew; the picture then has the model's frame.
-        Raises ValueError where the mask marks nothing, and for a generator that cannot keep codes.
+        The generated part has no more detail than images that the model generates. It lies inside a square of the
+        image's shorter side around the middle of the marks.
+
+        Args:
+            image: a path, a PIL image, or anything else that `unigen.media.images.read_image` takes.
+            prompt: what the image shall show.
+            mask: of the image's shape, white where to generate (`unigen.media.images.read_mask`).
+            variation: instead of a mask, the fraction in (0, 1] of the image, drawn at random, that is generated anew;
+                the image is then cropped as the model reads it.
+            seed: seed of the image and of the variation.
+            **options: options of the generation.
+
+        Returns:
+            The image; a list where n > 1.
+
+        Raises:
+            ValueError: the mask marks nothing, or the generator cannot keep codes.
         """
         self._check_option_names("inpaint", options)
         document = Document.of(as_text(prompt))
@@ -245,15 +259,16 @@ class Engine(BaseEngine):
     def _prepare_inpainting(
         self, image: ImageSource, mask: ImageSource | None, variation: float | None, options: dict[str, Any]
     ) -> tuple[dict[str, Any], Callable[[Image], Image]]:
-        """The options that keep what is not marked, and what puts the generated image into the given one."""
+        """The options that keep the codes outside the mask, and a function that puts a generated image into the given
+        one."""
         if (mask is None) == (variation is None):
             raise ValueError("give a mask of what to paint anew, or a variation: the share of it drawn by lot")
         if variation is not None:
             variation = VARIATION.check("variation", variation)
             image, mask = random_mask(self.model, image, variation, options.get("seed", 0))
         generator = options.get("generator")
-        rest = {name: value for name, value in options.items() if name != "generator"}
-        return prepare_inpainting(self.model, image, mask, generator, rest)
+        other_options = {name: value for name, value in options.items() if name != "generator"}
+        return prepare_inpainting(self.model, image, mask, generator, other_options)  # type: ignore[arg-type]
 
     def inpaint_window(self, mask: ImageSource) -> tuple[int, int, int, int] | None:
         """See `InferenceEngine.inpaint_window`: a square."""
@@ -266,11 +281,11 @@ class Engine(BaseEngine):
 
     @property
     def outputs(self) -> tuple[Output, ...]:
-        """What this model can answer with."""
+        """See `InferenceEngine.outputs`."""
         return self.model.template.outputs
 
     def info(self) -> EngineInfo:
-        """What this model is and can do."""
+        """See `InferenceEngine.info`."""
         model = self.model
         count, _ = count_parameters(model.backbone)
         return {
@@ -304,25 +319,37 @@ class Engine(BaseEngine):
         return [score_document(self.model, Document.of(document), per_token) for document in documents]
 
     def hidden_states(self, prompt: Prompt) -> torch.Tensor:
-        """What the model reads of a document before it would answer in text, as states (S, D) after its last norm."""
+        """See `InferenceEngine.hidden_states`: those from which a text answer would start."""
         return self.new_scheduler().hidden_states(self.request(prompt, "text"))
 
     def request(self, prompt: Prompt, output: Output, **options: Any) -> Request:
-        """A checked request (`unigen.inference.request`, which lists the options)."""
+        """Build a validated request.
+
+        Args:
+            prompt: the prompt.
+            output: kind of the answer.
+            **options: see `unigen.inference.request.build_request`.
+
+        Returns:
+            The request of one sequence.
+
+        Raises:
+            ValueError: in one line, for bad input.
+        """
         return build_request(self.model, prompt, output, **options)
 
-    def check(self, prompt: Prompt, output: Output, *, seed: int = 0, **options: Any) -> None:
+    def check(self, prompt: Prompt, output: Output, *, seed: int = 0, **options: OptionValue) -> None:
         """See `InferenceEngine.check`."""
         self.request(prompt, output, seed=seed, **options)
 
     def default_options(self, output: Output, given: Mapping[str, OptionValue] | None = None) -> dict[str, OptionValue]:
-        """See `InferenceEngine.default_options`; of images those of the given generator, or else of the default one."""
+        """See `InferenceEngine.default_options`: for images, those of the given generator or of the default one."""
         if output == "text":
             return dict(self.text_sampling)
         generator = (given or {}).get("generator") or default_generator(self.model)
         return default_options(self.model, str(generator))
 
-    # ---------------------------------------------------------------- requests on their way
+    # ---------------------------------------------------------------- running requests
 
     def prepare(
         self,
@@ -357,7 +384,7 @@ class Engine(BaseEngine):
 
     @property
     def can_rerank(self) -> bool:
-        """Whether the best of several candidates can be found."""
+        """Whether the model can choose the best of several candidates."""
         return can_rerank(self.model)
 
     def select_best(self, prepared: Sequence[PreparedRequest], answers: Sequence[Sequence[Answer]]) -> list[int]:
@@ -367,22 +394,24 @@ class Engine(BaseEngine):
     def run(
         self, requests: Sequence[Request], watch: Callable[[float], object] | None = None
     ) -> Iterator[tuple[int, Part]]:
-        """Answer all requests together.
+        """Answer all requests in one batch.
 
         Args:
             requests: validated requests of this model.
-            watch: is called after each step with how many of them are finished (`Scheduler.num_completed`).
+            watch: called after each step with the number of finished requests (`Scheduler.num_completed`).
+
         Returns:
-            (index of the request, piece of text or image), as they are made.
+            An iterator of (index of the request, piece of text or image), as they are generated.
+
         Raises:
-            ValueError: at once for what cannot fit the context, and where a model's numbers are not finite when that
-                shows.
+            ValueError: at once where a request does not fit the context; while iterating where logits or pixels are
+                not finite.
         """
         scheduler, sequences = self._new_sequences(requests)
         return self._run_to_completion(scheduler, sequences, watch)
 
     def _new_sequences(self, requests: Sequence[Request]) -> tuple[Scheduler, list[SequenceState]]:
-        """A scheduler, and the requests' sequences, which have not joined it."""
+        """A scheduler, and the requests' sequences, which are not added yet."""
         scheduler = self.new_scheduler()
         with torch.inference_mode():
             return scheduler, [scheduler.new_sequence(request) for request in requests]
@@ -405,21 +434,21 @@ class Engine(BaseEngine):
             scheduler.abort_all()
 
     def new_scheduler(self) -> Scheduler:
-        """A scheduler of this model's sequences: none runs yet."""
+        """A scheduler of this model, without sequences."""
         return Scheduler(self.model)
 
 
 def _as_image(image: ImageSource) -> Image | torch.Tensor:
-    """A picture that is no words, whatever its type."""
+    """An image for a prompt: codes as they are, everything else read as pixels."""
     return image if is_codes(image) else read_image(image)
 
 
-def _list_keywords(name: str, decorate: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+def _list_keywords(name: str, decorate: Callable[[Callable[..., object]], Callable[..., object]]) -> None:
     """Give the local engine an inherited method whose signature lists the options."""
-    inherited: Callable[..., Any] = getattr(BaseEngine, name)
+    inherited: Callable[..., object] = getattr(BaseEngine, name)
 
     @wraps(inherited)
-    def method(self: Engine, *args: Any, **options: Any) -> Any:
+    def method(self: Engine, *args: object, **options: OptionValue) -> object:
         return inherited(self, *args, **options)
 
     setattr(Engine, name, decorate(method))
@@ -430,6 +459,13 @@ _list_keywords("generate_batch", with_request_keywords)
 
 
 def check_batch_size(count: int) -> None:
-    """Raises ValueError for more answers than are made at a time."""
+    """Check the number of answers of one call.
+
+    Args:
+        count: prompts times candidates.
+
+    Raises:
+        ValueError: there are more than one call may generate.
+    """
     if count > COUNT.high:
         raise ValueError(f"at most {COUNT.high:,} answers are made at a time, not {count:,}: ask in several goes")

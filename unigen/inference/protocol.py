@@ -3,8 +3,9 @@
     engine: InferenceEngine = unigen.load("unigen-tiny")
     image = engine.generate("two apples")
 
-Every engine has every method. One that an engine cannot do raises `UnsupportedError`, a ValueError, in one line.
-`unigen.inference.base.BaseEngine` holds what all implementations share. Does not depend on: any implementation.
+Every engine has every method. A method that an engine does not support raises `UnsupportedError`, a ValueError, in one
+line. `unigen.inference.base.BaseEngine` is the base class of all implementations. Does not depend on: any
+implementation.
 """
 
 from __future__ import annotations
@@ -27,52 +28,70 @@ if TYPE_CHECKING:
     from unigen.model.unified import UnifiedModel
 
 OptionValue: TypeAlias = object
-"""The value of an option of a generation, which the engine checks."""
+"""The value of an option of a generation. The engine checks its type and range."""
 
 
 class EngineInfo(TypedDict, total=False):
     """What an engine is and can do: the keys of `unigen info`. Each engine has those that apply."""
 
     family: str
-    """The family of a model of ours, "diffusion pipeline" or "transformers"."""
+    """The family of a unified model, "diffusion pipeline" or "transformers"."""
     backbone: str
+    """Type and size of the language model of a unified model."""
     model: str
+    """Type and size of a plain language model."""
     pipeline: str
+    """Class of a pipeline of diffusers."""
     parts: dict[str, str]
-    """Of a pipeline: its networks and their sizes."""
+    """Networks of a pipeline and their sizes."""
     scheduler: str
+    """Class of a pipeline's scheduler."""
     context: int
     """Positions of a sequence, at most."""
     image_size: int
-    """Pixels along a side of the images that it draws."""
+    """Pixels along a side of a generated image."""
     sizes: str
-    """"any", or "this one": whether images of other sizes can be drawn."""
+    """"any", or "this one": whether images of other sizes can be generated."""
     tokens_per_image: int
+    """Codes of an image of this size."""
     vocabulary: dict[str, int]
+    """Number of ids of text and of codes."""
     generators: list[str]
+    """Names of the image generators."""
     takes: dict[str, list[str]] | list[str]
     """The options of each generator, or of the pipeline."""
     solvers: list[str]
+    """Names of the solvers that a pipeline can use."""
     sampling: dict[str, dict[str, OptionValue]] | dict[str, OptionValue]
-    """The values of options where a request does not say, of each generator, or of the pipeline."""
+    """Default values of the options, of each generator or of the pipeline."""
     text_sampling: dict[str, OptionValue]
+    """Default values of the options of text."""
     outputs: list[str]
+    """Kinds of answers."""
     candidates: bool
-    """Whether it can draw several candidates and choose the best."""
+    """Whether it can generate several candidates and choose the best."""
     system: bool
     """Whether system messages are followed."""
     classes: list[str]
+    """Names of the classes of a class-conditional model."""
     sees: bool
+    """Whether it reads images."""
     edits: str
+    """Class of the pipeline that edits images, or "no"."""
     inpaints: str
+    """Class of the pipeline that inpaints images, or "no"."""
     draws: str | EngineInfo
-    """Of a pipeline "words" or "classes"; of a composed model the info of the engine that draws."""
+    """Of a pipeline "words", "classes" or "no: ..."; of a composed model the info of the engine that draws."""
     reads: EngineInfo
-    """Of a composed model: the info of the engine that reads."""
+    """Info of the engine of a composed model that reads."""
     adapter: str
+    """Size of the adapter between the two models of a composed model."""
     precision: str
+    """Precision of the weights, such as "float32"."""
     weights_mb: float
+    """Size of the weights, in units of 10^6 bytes."""
     device: str
+    """Device of the weights."""
     engine: str
     """"vllm" and its version."""
     vllm: str
@@ -80,31 +99,31 @@ class EngineInfo(TypedDict, total=False):
 
 
 class InferenceEngine(Protocol):
-    """Generates text and images. Not safe to share between threads."""
+    """Generates text and images. An engine is not safe to share between threads."""
 
     @property
     def outputs(self) -> tuple[Output, ...]:
-        """What it can answer with."""
+        """The kinds of answers that it can generate."""
         ...
 
     @property
     def batched(self) -> bool:
-        """Whether answers are made together, as a `BatchedEngine` does, and not one after another."""
+        """Whether it generates answers in batches, as a `BatchedEngine` does, and not one after another."""
         ...
 
     @property
     def accepts_images(self) -> bool:
-        """Whether the prompt of an image may hold images."""
+        """Whether the prompt of an image may contain images."""
         ...
 
     @property
     def local_model(self) -> UnifiedModel | None:
-        """The unified model behind it, where one is held in this process."""
+        """The unified model of the engine; None where this process has none."""
         ...
 
     @property
     def pipeline(self) -> object | None:
-        """The pipeline of diffusers behind it, where there is one."""
+        """The diffusers pipeline of the engine; None where it has none."""
         ...
 
     @overload
@@ -144,8 +163,10 @@ class InferenceEngine(Protocol):
             n: how many answers, with seeds seed, seed + 1, ...
             seed: of the answer's randomness; the same seed gives the same answer.
             options: options of the generation.
+
         Returns:
             A PIL image, a string, or a list of both for "interleaved" and "pair"; a list of n answers where n > 1.
+
         Raises:
             ValueError: in one line, for bad input.
         """
@@ -184,8 +205,10 @@ class InferenceEngine(Protocol):
             seeds: one for each prompt; None is 0, 1, ...
             output: what the answers are to hold.
             options: options of the generation.
+
         Returns:
             The answers, in the prompts' order.
+
         Raises:
             ValueError: in one line, for bad input.
         """
@@ -200,7 +223,7 @@ class InferenceEngine(Protocol):
         record: Record = RECORD_NOTHING,
         **options: OptionValue,
     ) -> list[GenerationResult]:
-        """The answers of `generate_batch` with what is known of how they came about.
+        """The answers of `generate_batch`, with records of their generation.
 
         Args:
             prompts: what is asked for.
@@ -208,8 +231,10 @@ class InferenceEngine(Protocol):
             output: what the answers are to hold.
             record: what to keep beside ids and codes.
             options: options of the generation.
+
         Returns:
             One result a prompt, in the prompts' order.
+
         Raises:
             ValueError: in one line, for bad input, and where the engine cannot record what is asked for.
         """
@@ -218,15 +243,17 @@ class InferenceEngine(Protocol):
     def stream(
         self, prompt: Prompt, output: Output = "interleaved", *, seed: int = 0, **options: OptionValue
     ) -> Iterator[str | Image | Preview]:
-        """The parts of one answer as they are made.
+        """The parts of one answer, as they are generated.
 
         Args:
             prompt: what is asked for.
             output: what the answer is to hold.
             seed: of the answer's randomness.
             options: options of the generation.
+
         Returns:
-            Pieces of text, finished images, and before an image its previews, where some are asked for.
+            Pieces of text, finished images, and before an image its previews, where the options request some.
+
         Raises:
             ValueError: in one line, at once, for bad input.
         """
@@ -242,8 +269,10 @@ class InferenceEngine(Protocol):
             question: None asks for a caption.
             seed: of the answer's randomness.
             options: options of the generation; n > 1 gives a list.
+
         Returns:
             The text.
+
         Raises:
             ValueError: in one line, for bad input, and where the engine does not answer with text.
         """
@@ -259,8 +288,10 @@ class InferenceEngine(Protocol):
             instruction: what to change.
             seed: of the image's randomness.
             options: options of the generation.
+
         Returns:
             The changed image.
+
         Raises:
             ValueError: in one line, for bad input, and where the engine does not edit.
         """
@@ -276,17 +307,19 @@ class InferenceEngine(Protocol):
         seed: int = 0,
         **options: OptionValue,
     ) -> Image | list[Image]:
-        """Generate a part of an image anew; the rest stays.
+        """Generate a part of an image anew; the rest of it stays.
 
         Args:
             image: a path, a PIL image, or all else that `read_image` takes.
             prompt: what the image is to show.
             mask: of the image's size, white where to generate.
-            variation: instead of a mask, the share in (0, 1] of the image, drawn at random, that is generated anew.
+            variation: instead of a mask, the fraction in (0, 1] of the image, drawn at random, that is generated anew.
             seed: of the image's randomness, and of the variation's.
             options: options of the generation.
+
         Returns:
             The image.
+
         Raises:
             ValueError: in one line, for bad input, and where the engine does not inpaint.
         """
@@ -297,6 +330,7 @@ class InferenceEngine(Protocol):
 
         Args:
             mask: as of `inpaint`.
+
         Returns:
             The window where the mask marks pixels outside it, else None.
         """
@@ -305,27 +339,31 @@ class InferenceEngine(Protocol):
     def pair(
         self, text: str | None = None, image: ImageSource | None = None, **options: OptionValue
     ) -> tuple[str, Image] | list[tuple[str, Image]]:
-        """A text and an image that belong together, written at once.
+        """Generate a text and an image that belong together, both at once.
 
         Args:
-            text: given text, which stays; None is written.
-            image: a given image, which stays as its codes; None is written.
+            text: a given text, which stays; None is generated.
+            image: a given image, which stays as its codes; None is generated.
             options: options of the generation; n > 1 gives a list.
+
         Returns:
             The text and the image.
+
         Raises:
             ValueError: in one line, for bad input, and where no generator writes both.
         """
         ...
 
     def score(self, documents: Sequence[Document], *, per_token: bool = False) -> list[Score]:
-        """How likely the model finds what the assistant says in documents.
+        """Log-likelihoods of the assistant's segments in documents.
 
         Args:
             documents: each with at least one segment of the assistant.
-            per_token: whether to give the log-probability of each id.
+            per_token: whether to return the log-probability of each id.
+
         Returns:
-            One score a document.
+            One score for each document.
+
         Raises:
             ValueError: in one line, for bad input, and where the engine does not score.
         """
@@ -335,37 +373,41 @@ class InferenceEngine(Protocol):
         """Hidden states (S, D) of a prompt, after the last norm.
 
         Args:
-            prompt: what is read.
+            prompt: the prompt.
+
         Returns:
-            One state a position of the prompt.
+            One state for each of the S positions of the prompt.
+
         Raises:
             ValueError: in one line, for bad input, and where the engine does not give them.
         """
         ...
 
     def info(self) -> EngineInfo:
-        """What the engine is and can do."""
+        """The engine's properties and features."""
         ...
 
     def check(self, prompt: Prompt, output: Output, *, seed: int = 0, **options: OptionValue) -> None:
         """Check a request without answering it.
 
         Args:
-            prompt: what would be asked for.
-            output: what the answer would hold.
-            seed: of the answer's randomness.
+            prompt: the prompt.
+            output: kind of the answer.
+            seed: seed of the answer.
             options: options of the generation.
+
         Raises:
-            ValueError: in one line, for what `generate` would refuse before it begins.
+            ValueError: in one line, for what `generate` would reject before it starts.
         """
         ...
 
     def default_options(self, output: Output, given: Mapping[str, OptionValue] | None = None) -> dict[str, OptionValue]:
-        """The values of options where a request does not say.
+        """Default values of options.
 
         Args:
-            output: what the answer is to hold: "text", or what holds images.
-            given: options that a request gives, where some defaults depend on them.
+            output: kind of the answer.
+            given: options of a request, on which some defaults depend.
+
         Returns:
             The values by the options' names, as far as they are known.
         """
@@ -373,7 +415,7 @@ class InferenceEngine(Protocol):
 
 
 class BatchedEngine(InferenceEngine, Protocol):
-    """An engine whose requests run together and join while others run: what a server batches."""
+    """An engine with continuous batching: requests run together and may join while others run."""
 
     def prepare(
         self,
@@ -394,35 +436,42 @@ class BatchedEngine(InferenceEngine, Protocol):
             prompt: what is asked for.
             output: what the answer is to hold.
             seed: of the answer's randomness.
-            candidates: how many answers are drawn, of which the best is kept.
+            candidates: number of answers that are generated, of which the best is kept.
             image: an image to be inpainted.
             mask: of the image's size, white where to generate.
-            variation: instead of a mask, the share in (0, 1] of the image that is generated anew.
+            variation: instead of a mask, the fraction in (0, 1] of the image that is generated anew.
             record: what to keep beside ids and codes.
             options: options of the generation.
+
         Returns:
-            The sequences to be run, and how the answer is made of theirs.
+            The sequences to run, and how their answers become one.
+
         Raises:
             ValueError: in one line, for bad input.
         """
         ...
 
     def select_best(self, prepared: Sequence[PreparedRequest], answers: Sequence[Sequence[Answer]]) -> list[int]:
-        """Choose among the candidates' answers of each prepared request.
+        """Choose the best answer of each prepared request.
 
         Args:
             prepared: requests of several candidates each.
-            answers: their candidates' answers.
+            answers: of each request the answers of its candidates.
+
         Returns:
-            Of each request the index of the best answer.
+            Of each request the index of its best answer.
         """
         ...
 
     def new_scheduler(self) -> Scheduler:
-        """A scheduler of this engine's sequences: none runs yet."""
+        """A scheduler of this engine, without sequences."""
         ...
 
 
 def is_batched(engine: InferenceEngine) -> TypeGuard[BatchedEngine]:
-    """Whether the engine's requests can be scheduled together."""
+    """Whether an engine has continuous batching.
+
+    Args:
+        engine: any.
+    """
     return engine.batched

@@ -3,20 +3,19 @@
     request = build_request(model, "two apples", "image", seed=3, guidance=2.5)
     request.options[CodeSampling].temperature          # of the call, of the model's `sampling`, or as declared
 
-`unigen.inference.options` lists the options. Does not depend on: caches, how anything is generated. Bad input is a
-ValueError in one line.
+`unigen.inference.options` lists the options. Bad input raises a ValueError of one line. Does not depend on: caches, how
+answers are generated.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 
 from unigen.diffusion.options import FlowOptions
-from unigen.document import Document, Segment, is_codes
+from unigen.document import Document, Prompt, Segment, is_codes
 from unigen.generators.options.inpainting import Inpainting
 from unigen.inference.options import AnswerCount, AnswerLimits, Previews, RequestOptions, local_groups
 from unigen.inference.results import Record
@@ -43,9 +42,9 @@ from unigen.utils.option_types import SEED, Size
 from unigen.utils.text import did_you_mean, shorten
 
 GENERAL_GROUPS = (RequestOptions, AnswerLimits, Previews)
-"""Groups that every model takes, whatever it is asked for."""
+"""Groups of options that every model takes, for every output."""
 INTERLEAVED_TEMPERATURE = 0.8
-"""Of text between pictures."""
+"""Default temperature of text in an interleaved answer."""
 
 Options = OptionGroup | Sequence[OptionGroup]
 
@@ -55,82 +54,89 @@ class Request:
     """One sequence to be generated."""
 
     document: Document
-    "What is answered."
+    """The prompt."""
     output: Output
+    """Kind of the answer."""
     generator: str
-    "Of pictures."
+    """Name of the image generator."""
     options: OptionSet
-    "Without gaps: what the call says, else the model, else as declared."
+    """All options: from the call, else from the model, else the declared defaults."""
     grid: tuple[int, int]
-    "Rows and columns of a picture's codes."
+    """Rows and columns of the codes of an image."""
     written: list[torch.Tensor | None] = field(default_factory=list)
-    "Codes (P,) of each picture that has been made, None where its generator writes the model's own."
+    """Codes (P,) of each finished image; None where its generator writes codes of the model's image tokenizer."""
     record: Record = Record()
-    "What is kept of the generation beside ids and codes."
+    """What to record beside ids and codes."""
     candidate_index: int = 0
-    "Which of the answers to one request and seed it is, of which the best is kept."
+    """Index among the candidates of one request and seed, of which the best is kept."""
 
     @property
     def guidance(self) -> Guidance:
-        """One scale for each branch of the model but the last."""
+        """Guidance, with one scale for each branch of the model but the last."""
         return Guidance.of(self.options[GuidanceOptions].guidance)
 
     @property
     def seed(self) -> int:
+        """Seed of the answer."""
         return self.options[RequestOptions].seed
 
     @property
     def max_tokens(self) -> int:
+        """Tokens of text, at most."""
         return self.options[AnswerLimits].max_tokens
 
     @property
     def max_images(self) -> int:
+        """Images of an interleaved answer, at most."""
         return self.options[AnswerLimits].max_images
 
     @property
     def previews(self) -> int:
+        """Previews of each image, at most."""
         return self.options[Previews].previews
 
     def settings(self) -> dict[str, object]:
-        """How the answer is made, as users name it: of what makes pictures and text only where there may be some."""
+        """Settings of the generation, by the options' names: those of images and of text where the answer may contain
+        some."""
         values: dict[str, object] = {"seed": self.seed}
         if self.output in WRITING:
             values |= {"text": self.options[TextSampling].reported(), "max_tokens": self.max_tokens}
         if self.output != "text":
-            of_pictures = [group for group in self.options if not isinstance(group, (*GENERAL_GROUPS, TextSampling))]
+            image_groups = [group for group in self.options if not isinstance(group, (*GENERAL_GROUPS, TextSampling))]
             values["generator"] = self.generator
-            values |= {name: value for group in of_pictures for name, value in group.reported().items()}
+            values |= {name: value for group in image_groups for name, value in group.reported().items()}
         return values
 
     @property
     def image(self) -> SamplingOptions:
-        """How codes are drawn."""
+        """How codes are sampled."""
         codes = self.options[CodeSampling]
         return SamplingOptions(codes.temperature, codes.top_k, codes.top_p)
 
     @property
     def text(self) -> SamplingOptions:
-        """How ids of text are drawn."""
+        """How ids of text are sampled."""
         return SamplingOptions(**self.options[TextSampling].given())  # type: ignore[arg-type]
 
 
 def build_request(
-    model: UnifiedModel, prompt: Any, output: Output, *, options: Options = (), **keywords: object
+    model: UnifiedModel, prompt: Prompt, output: Output, *, options: Options = (), **keywords: object
 ) -> Request:
-    """Validate what is asked of a model.
+    """Validate a request to a model.
 
     Args:
-        model: what answers.
+        model: the model that answers.
         prompt: as `Document.of` takes it.
-        output: what it is asked for.
-        options: groups of options; what they leave out is as the model says.
-        keywords: options by name. One that several groups have counts in each that suits the output: temperature and
-            top_p of an interleaved answer in text and codes, its top_k in codes alone.
+        output: kind of the answer.
+        options: groups of options; those left out are the model's defaults.
+        **keywords: options by name. An option of several groups applies to each that suits the output: in an
+            interleaved answer temperature and top_p apply to text and codes, top_k to codes only.
 
     Returns:
-        The request, all of its options filled in.
+        The request, with values of all options.
+
     Raises:
-        ValueError: in one line, for what cannot be asked of the model.
+        ValueError: in one line, where the model cannot answer such a request.
     """
     if not isinstance(output, str) or output not in OUTPUTS:
         raise ValueError(f"unknown output {shorten(output)}: one of {', '.join(OUTPUTS)}")
@@ -160,10 +166,21 @@ REQUEST_OPTIONS = option_names(REQUEST_GROUPS)
 """The names of a request's options."""
 
 Given = Mapping[str, object]
+"""Options of a call, by name."""
 
 
 def collect_given(options: Options) -> dict[GroupType, Given]:
-    """The values of groups, by their types. Raises ValueError for what is no group."""
+    """The values that groups of options set.
+
+    Args:
+        options: a group, or a list of groups.
+
+    Returns:
+        By the type of each group, its values by name.
+
+    Raises:
+        ValueError: there is something else than a group.
+    """
     groups = [options] if isinstance(options, OptionGroup) else options
     if not isinstance(groups, (list, tuple)) or not all(isinstance(group, OptionGroup) for group in groups):
         raise ValueError(f"options must be a list of groups such as CodeSampling(top_k=9), not {shorten(options)}")
@@ -171,8 +188,19 @@ def collect_given(options: Options) -> dict[GroupType, Given]:
 
 
 def choose_generator(model: UnifiedModel, output: Output, given: Given) -> str:
-    """The generator of pictures that is asked for, or the model's usual one. Raises ValueError where it cannot answer
-    with this output."""
+    """The image generator of a request.
+
+    Args:
+        model: the model that answers.
+        output: kind of the answer.
+        given: options of the call; "generator" is one of them.
+
+    Returns:
+        The name of the given generator, or of the model's default.
+
+    Raises:
+        ValueError: the model has no such generator, or it cannot generate this output.
+    """
     generator = given.get("generator", default_generator(model))
     if output == "pair" and generator not in model.template.text_lengths:
         capable_generators = " or ".join(model.template.text_lengths) or "none here does: train with generators.joint=1"
@@ -189,11 +217,22 @@ def choose_generator(model: UnifiedModel, output: Output, given: Given) -> str:
 def reject_unsupported(
     model: UnifiedModel, output: Output, generator: str, given: Given, groups: Mapping[GroupType, Given]
 ) -> None:
-    """Raises ValueError for options that neither the generator nor the text of the answer takes, unless their value
-    asks for nothing."""
+    """Check that the generator, or the text of the answer, takes all given options. A value that switches an option off
+    is always accepted.
+
+    Args:
+        model: the model that answers.
+        output: kind of the answer.
+        generator: name of the image generator.
+        given: options of the call.
+        groups: options of the call in groups.
+
+    Raises:
+        ValueError: an option is not taken.
+    """
     taken = model.generators.options(generator)
     accepted = [*GENERAL_GROUPS, *taken, *([TextSampling] if output in WRITING else [])]
-    if output == "text":  # no picture is made
+    if output == "text":  # no image is generated
         accepted += [GuidanceOptions, CodeSampling]
     off = {name: declared.off for name, (_, declared) in merge_declared(REQUEST_GROUPS).items()}
     names = {name: value for group, values in groups.items() if group not in accepted for name, value in values.items()}
@@ -206,30 +245,45 @@ def reject_unsupported(
 def resolve_options(
     model: UnifiedModel, output: Output, generator: str, given: Given, groups: Mapping[GroupType, Given]
 ) -> OptionSet:
-    """The groups that count for this generator and output, without gaps."""
+    """Values of all options that apply to a generator and an output.
+
+    Args:
+        model: the model that answers; it has defaults of its own.
+        output: kind of the answer.
+        generator: name of the image generator.
+        given: options of the call.
+        groups: options of the call in groups.
+
+    Returns:
+        The groups, with a value for each option.
+    """
     defaults = model.default_sampling.get(generator, {}), model.generators[generator].defaults
     taken = (*GENERAL_GROUPS, *model.generators.options(generator))
     resolved = [resolve(group, given, groups.get(group, {}), *defaults) for group in taken]
     if output in WRITING:
-        of_text = {name: value for name, value in given.items() if name != "top_k" or output == "text"}
-        usual = {"temperature": INTERLEAVED_TEMPERATURE} if output == "interleaved" else {}
-        text_defaults = model.default_sampling.get("text", {}), usual
-        resolved.append(resolve(TextSampling, of_text, groups.get(TextSampling, {}), *text_defaults))
+        text_given = {name: value for name, value in given.items() if name != "top_k" or output == "text"}
+        default = {"temperature": INTERLEAVED_TEMPERATURE} if output == "interleaved" else {}
+        text_defaults = model.default_sampling.get("text", {}), default
+        resolved.append(resolve(TextSampling, text_given, groups.get(TextSampling, {}), *text_defaults))
     return OptionSet(resolved)
 
 
 def resolve_guidance(model: UnifiedModel, generator: str, given: Given, options: OptionSet) -> Guidance:
-    """Guidance with a scale for each branch. Raises ValueError for what the model or the generator does not take.
+    """Guidance with a scale for each branch of the model but the last.
 
     Args:
-        model, generator: what is guided.
-        given: the options of the call.
-        options: all of them, without gaps.
+        model: the model that answers.
+        generator: name of the image generator.
+        given: options of the call.
+        options: values of all options.
+
+    Raises:
+        ValueError: the model or the generator does not take such guidance.
     """
-    usual = Guidance.of(resolve(GuidanceOptions, model.default_sampling.get(generator, {})).guidance)
-    guidance, scales = Guidance.of(given.get("guidance", usual)), model.template.num_guidance_scales  # type: ignore[arg-type]
-    if scales > 1 and len(guidance.scales) == 1:  # of the words alone; the others are as usual, or all are off
-        others = (1.0,) * (scales - 1) if guidance.scales[0] == 1 else usual.scales[1:]
+    default = Guidance.of(resolve(GuidanceOptions, model.default_sampling.get(generator, {})).guidance)
+    guidance, scales = Guidance.of(given.get("guidance", default)), model.template.num_guidance_scales  # type: ignore[arg-type]
+    if scales > 1 and len(guidance.scales) == 1:  # that of the text; the others have their defaults, or all are off
+        others = (1.0,) * (scales - 1) if guidance.scales[0] == 1 else default.scales[1:]
         guidance = replace(guidance, scales=guidance.scales + others)
     if "guider" in given:
         guidance = replace(guidance, guider=options[FlowOptions].guider)
@@ -242,7 +296,15 @@ def resolve_guidance(model: UnifiedModel, generator: str, given: Given, options:
 
 
 def check_fixed_codes(model: UnifiedModel, codes: object) -> None:
-    """Raises ValueError for what cannot be codes (h, w) of the model's pictures, -1 where to write; None is fine."""
+    """Check given codes of an image.
+
+    Args:
+        model: the model that answers.
+        codes: codes (h, w) of its image tokenizer, -1 where to generate; or None.
+
+    Raises:
+        ValueError: the shape, the type or the range is wrong.
+    """
     shape, codebook_size = model.image_tokenizer.grid, model.vocabulary.image_size
     if codes is None:
         return
@@ -251,37 +313,58 @@ def check_fixed_codes(model: UnifiedModel, codes: object) -> None:
         raise ValueError(f"fixed_codes must be codes of the shape {shape}, -1 where to write")
 
 
-def prepare_document(model: UnifiedModel, prompt: Any, output: Output, generator: str) -> Document:
-    """The document, its system messages as one at its front. Raises ValueError for what the model cannot read."""
+def prepare_document(model: UnifiedModel, prompt: Prompt, output: Output, generator: str) -> Document:
+    """The document of a prompt, with its system messages joined to one at the front.
+
+    Args:
+        model: the model that answers.
+        prompt: as `Document.of` takes it.
+        output: kind of the answer.
+        generator: name of the image generator.
+
+    Raises:
+        ValueError: the model cannot read it.
+    """
     document = Document.of(prompt)
     last_generator = "text" if output == "text" else generator
     document.check_conditions(last_generator, model.generators.conditions(last_generator))
     system_text, dialogue = split_system_messages(document.segments)
     if system_text and not model.template.supports_system:
         raise ValueError("this model follows no system messages: leave them out, or say it as the user")
-    if system_text:  # pictures are drawn from what the user says
+    if system_text:  # images are generated from the user's segments
         document.segments = dialogue if output == "image" else [Segment(text=system_text, role="system"), *dialogue]
     if any(is_codes(image) and image.ndim != 2 for image in document.images()):
         raise ValueError("codes of a picture in a prompt have two dimensions, rows and columns")
-    if output != "pair":  # both parts of a pair may be left to the model
+    if output != "pair":  # the model may generate both parts of a pair
         document.check_not_empty()
     return document
 
 
 def default_generator(model: UnifiedModel) -> str:
-    """The generator of pictures where none is asked for."""
+    """The name of the image generator where a request names none.
+
+    Args:
+        model: the model that answers.
+    """
     names = [name for name in model.generators if name != "text"]
     return "next-token" if "next-token" in names else names[0]
 
 
-def zip_with_seeds(prompts: Sequence[Any], seeds: Sequence[int] | None = None) -> list[tuple[Any, int]]:
-    """Each prompt with its seed; 0, 1, .. where none are given. Raises ValueError for what is no list of prompts, or no
-    list of as many seeds."""
+def zip_with_seeds(prompts: Sequence[Prompt], seeds: Sequence[int] | None = None) -> list[tuple[Prompt, int]]:
+    """Pair each prompt with its seed.
+
+    Args:
+        prompts: a list of prompts.
+        seeds: one for each prompt; None is 0, 1, ...
+
+    Raises:
+        ValueError: the prompts are no list, or the seeds are no list of as many whole numbers.
+    """
     is_single_prompt = isinstance(prompts, (str, Document, Segment, dict)) or is_image(prompts)
     if is_single_prompt or not isinstance(prompts, Iterable):
-        what = shorten(prompts) if isinstance(prompts, (str, bytes)) else type(prompts).__name__
+        value = shorten(prompts) if isinstance(prompts, (str, bytes)) else type(prompts).__name__
         raise ValueError(
-            f"the prompts must be a list, with one answer each, not {what}: give [prompt], or ask generate"
+            f"the prompts must be a list, with one answer each, not {value}: give [prompt], or ask generate"
         )
     prompt_list = list(prompts)
     if seeds is None:
@@ -296,7 +379,15 @@ def zip_with_seeds(prompts: Sequence[Any], seeds: Sequence[int] | None = None) -
 
 
 def code_grid(model: UnifiedModel, size: tuple[int, int] | None) -> tuple[int, int]:
-    """Rows and columns of codes of pictures of this size, width and height in pixels."""
+    """Rows and columns of the codes of an image.
+
+    Args:
+        model: the model that generates it.
+        size: width and height in pixels; None is the model's own size.
+
+    Raises:
+        ValueError: the model cannot generate images of this size.
+    """
     tokenizer = model.image_tokenizer
     side, stride = tokenizer.image_size, tokenizer.image_size // tokenizer.grid[0]
     if size is None:
@@ -312,7 +403,12 @@ def code_grid(model: UnifiedModel, size: tuple[int, int] | None) -> tuple[int, i
 
 
 def default_options(model: UnifiedModel, generator: str) -> dict[str, object]:
-    """What holds for a generator where nothing else is asked for: guidance first, then what else it takes."""
+    """Default values of the options of a generator, by name: guidance first, then the others.
+
+    Args:
+        model: the model that generates.
+        generator: name of the generator.
+    """
     sources = model.default_sampling.get(generator, {}), model.generators[generator].defaults
     groups = [resolve(group, *sources) for group in model.generators.options(generator)]
     return {name: value for group in groups for name, value in group.reported().items()}

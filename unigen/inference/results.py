@@ -1,9 +1,9 @@
-"""What a generation gives beside its answer: ids, codes, log-probabilities, latents, usage, settings.
+"""Results of generations: the answer with its ids, codes, log-probabilities, latents, usage and settings.
 
     result = engine.generate_results(["two apples"], [0], record=Record(logprobs=True))[0]
     result.output                   # the PIL image that `engine.generate` gives
-    result.token_ids                # what was drawn
-    result.logprobs                 # one number for each of them
+    result.token_ids                # the sampled ids
+    result.logprobs                 # one log-probability for each of them
 
 Imports no torch, so that a process without a model can unpickle results. Does not depend on: engines, models.
 Shapes: T ids, h x w codes of an image, P codes of a generator's own tokenizer, K steps, Z latent channels.
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 Answer: TypeAlias = "Image | str | list[Image | str]"
 """An image, a text, or for "interleaved" and "pair" a list of both."""
 FinishReason = Literal["stop", "length"]
-"""Why an answer ended: by itself, or at a limit of its length."""
+"""Why an answer ended: at a stop id, or at a limit of its length."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """What to keep of a generation beside its ids and codes."""
+    """What to record of a generation beside its ids and codes."""
 
     logprobs: bool = False
     """Log-probabilities of the ids."""
@@ -43,7 +43,7 @@ RECORD_NOTHING = Record()
 
 @dataclass(frozen=True)
 class TrajectoryRecord:
-    """The path of one image from noise to data."""
+    """The trajectory of one image from noise to data."""
 
     x_t: Tensor
     """States (K + 1, Z, h, w), from noise to data."""
@@ -64,15 +64,15 @@ class Usage:
     truncated: bool
     """Whether the text ended at the limit of the request or of the model's context."""
     image_prompt_tokens: int
-    """Of the prompt's ids, those of images."""
+    """Ids of the prompt that belong to images."""
 
 
 @dataclass
 class SequenceRecord:
-    """What is recorded of one sequence while it is generated."""
+    """Records of one sequence while it is generated."""
 
     token_ids: list[int] = field(default_factory=list)
-    """Ids drawn so far, in the segments that have ended."""
+    """Ids sampled so far, of finished segments."""
     codes: list[Tensor | None] = field(default_factory=list)
     """Of each image its codes (h, w), or (P,) of the generator's own tokenizer; None where it has none."""
     logprobs: list[float] = field(default_factory=list)
@@ -80,49 +80,49 @@ class SequenceRecord:
     latents: list[Tensor] = field(default_factory=list)
     """Of each image its latents (Z, h, w), where they are recorded."""
     trajectories: list[TrajectoryRecord] = field(default_factory=list)
-    """Of each image its path, where it is recorded."""
+    """Of each image its trajectory, where it is recorded."""
     usage: Usage | None = None
     """Set when the sequence ends."""
 
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """An answer and how it came about. What an engine does not know is empty or None."""
+    """An answer with records of its generation. Fields that an engine does not know are empty or None."""
 
     output: Answer
-    """What `generate` gives: an image, a text, or a list of both."""
+    """The answer of `generate`: an image, a text, or a list of both."""
     document: Document
     """The prompt and the answer, to be read again or to be scored."""
     seed: int
-    """The seed of its randomness."""
+    """Seed of the answer."""
     token_ids: list[int] = field(default_factory=list)
-    """Ids drawn, segment after segment: text with the id that ended it, codes of an image in raster order, or codes of
-    the generator's own tokenizer in their order."""
+    """Sampled ids, segment after segment: text with the id that ended it, codes of an image in raster order, or codes
+    of the generator's own tokenizer in their order."""
     codes: list[Tensor | None] = field(default_factory=list)
     """Of each image its codes (h, w), or (P,) of the generator's own tokenizer; None for latents."""
     logprobs: Tensor | None = None
-    """Log-probabilities (T,), nats, of the ids under the distribution that they were drawn from: after guidance, after
-    what is not allowed at a place is left out, after temperature, top-k and top-p. At temperature 0, where nothing is
-    drawn, it is that of temperature 1. A masked generator reports the step that fixed the id; given ids have 0."""
+    """Log-probabilities (T,), in nats, of the ids under the distribution that they were sampled from: after guidance,
+    after masking of ids that are not allowed, after temperature, top-k and top-p. At temperature 0, where nothing is
+    sampled, it is that of temperature 1. A masked generator reports the step that fixed the id; given ids have 0."""
     latents: list[Tensor] = field(default_factory=list)
     """Of each image its latents (Z, h, w)."""
     trajectories: list[TrajectoryRecord] = field(default_factory=list)
-    """Of each image its path from noise."""
+    """Of each image its trajectory from noise."""
     usage: Usage | None = None
-    """How many tokens it took."""
+    """Numbers of tokens."""
     finish_reason: FinishReason = "stop"
-    """Why it ended."""
+    """Why the answer ended."""
     settings: dict[str, object] = field(default_factory=dict)
-    """How it was made, by the options' names."""
+    """Settings of the generation, by the options' names."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """How likely a model finds what the assistant says in a document."""
+    """Log-likelihood of the assistant's segments in a document."""
 
     total: float
-    """Nats, of all of it."""
+    """Sum of the log-probabilities, in nats."""
     token_ids: list[int]
-    """The ids that were scored."""
+    """The scored ids."""
     logprobs: Tensor | None = None
-    """Log-probabilities (T,), nats, of the ids, where they were asked for."""
+    """Log-probabilities (T,), in nats, of the ids; None where they were not requested."""

@@ -1,17 +1,17 @@
-"""The only loop that calls the backbone to generate: requests join, are batched, and leave.
+"""The scheduler of continuous batching, the only loop that calls the backbone to generate.
 
     scheduler = engine.new_scheduler()
     scheduler.add_request(engine.request("two apples", "image"))
     while scheduler:
         for request_id, part in scheduler.step(): ...
-        scheduler.finished                          # request_id -> Usage, of those that ended in this step
-        scheduler.failed                            # request_id -> error, of those that were given up in it
+        scheduler.finished                          # request_id -> Usage, of requests that ended in this step
+        scheduler.failed                            # request_id -> error, of requests that failed in this step
 
-Each request is a sequence with one cache slot for every branch of guidance. In a step every sequence reads what its
-generator asks for, whatever it is writing, and the backbone runs once for all that read about as much: a prompt that
-joins does not make the others wait for padding. Sequences end on their own, and each has its own randomness, so that a
-picture does not depend on the batch it was made in.
-Does not depend on: files, HTTP, how a chat is laid out, how any generator works, what users call.
+Each request is a sequence with one cache slot for every branch of guidance. In a step every sequence reads the input of
+its generator, whatever it writes, and the backbone runs once for all sequences of similar length: a new prompt does not
+make the others wait for padding. Sequences end on their own, and each has its own random generators, so that an image
+does not depend on its batch.
+Does not depend on: files, HTTP, chat templates, how any generator works, the API for users.
 Shapes: B branches of all sequences, L positions of a step, D width.
 """
 
@@ -34,14 +34,18 @@ from unigen.model.unified import UnifiedModel
 from unigen.utils.numbers import NonFiniteError
 
 PADDING_COST = 64
-"""Positions of padding that cost about as much as another pass of the backbone."""
+"""Number of padding positions that cost about as much as another pass of the backbone."""
 
 Part = str | Image.Image | Preview
-"""A piece of an answer: of its text, a finished picture, or a picture as it looks now."""
+"""A piece of an answer: a piece of its text, a finished image, or a preview."""
 
 
 class Scheduler:
-    """Requests on their way with one model: they join between steps, and leave when they are done or aborted."""
+    """Runs the requests of one model: they join between steps, and leave when they are done or aborted.
+
+    Args:
+        model: the model, in evaluation mode.
+    """
 
     def __init__(self, model: UnifiedModel) -> None:
         self.model = model
@@ -49,9 +53,9 @@ class Scheduler:
         self._sequences: dict[int, SequenceState] = {}
         self._count = 0
         self.finished: dict[int, Usage] = {}
-        """What requests have taken that ended in the last step."""
+        """Usage of the requests that ended in the last step, by id."""
         self.failed: dict[int, NonFiniteError] = {}
-        """Errors of requests that were given up in the last step."""
+        """Errors of the requests that failed in the last step, by id."""
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -63,6 +67,9 @@ class Scheduler:
     def add_request(self, request: Request) -> int:
         """Add a request.
 
+        Args:
+            request: a validated request.
+
         Returns:
             The request's id: requests are counted from 0.
 
@@ -72,38 +79,66 @@ class Scheduler:
         return self.add_sequence(self.new_sequence(request))
 
     def new_sequence(self, request: Request) -> SequenceState:
-        """A sequence for a request, which `add_sequence` takes. Raises ValueError for what does not fit the context."""
+        """Build a sequence, for `add_sequence`.
+
+        Args:
+            request: a validated request.
+
+        Raises:
+            ValueError: it does not fit the context.
+        """
         return segments.new_sequence(self.model, request)
 
     def add_sequence(self, sequence: SequenceState) -> int:
-        """Add what `new_sequence` made; returns its id."""
+        """Add a sequence.
+
+        Args:
+            sequence: from `new_sequence`.
+
+        Returns:
+            The request's id.
+        """
         sequence.request_id, self._count = self._count, self._count + 1
         self._sequences[sequence.request_id] = sequence
         return sequence.request_id
 
     @torch.inference_mode()
     def abort(self, request_id: int) -> None:
-        """Leave a request unfinished; its slots are free at once. Raises KeyError where it is not running."""
+        """Stop a request; its slots are free at once.
+
+        Args:
+            request_id: id of the request.
+
+        Raises:
+            KeyError: it is not running.
+        """
         self._resize_slots(self._sequences[request_id], 0)
         del self._sequences[request_id]
 
     def abort_all(self) -> None:
+        """Stop all requests."""
         for request_id in list(self._sequences):
             self.abort(request_id)
 
     @property
     def num_completed(self) -> float:
-        """How many of the requests that were added have ended, and the finished shares of those that ask for one
-        picture."""
+        """Number of requests that have ended, plus the finished fractions of requests for one image."""
         return self._count - len(self._sequences) + sum(map(sequence_progress, self._sequences.values()))
 
     @property
     def num_cached_tokens(self) -> int:
-        """Positions that the cache holds."""
+        """Number of positions in the cache."""
         return int(self.cache.lengths.sum())
 
     def usage(self, request_id: int) -> Usage:
-        """What a request that is running has taken so far. Raises KeyError where it is not running."""
+        """Usage of a running request so far.
+
+        Args:
+            request_id: id of the request.
+
+        Raises:
+            KeyError: it is not running.
+        """
         sequence = self._sequences[request_id]
         writes_text = sequence.state is not None and not sequence.state.done and self._writes_text(sequence)
         text_tokens = len(sequence.state.ids) if sequence.state and writes_text else 0
@@ -117,8 +152,9 @@ class Scheduler:
 
     @torch.inference_mode()
     def step(self) -> list[tuple[int, Part]]:
-        """One step of all sequences. Those that are done or failed are gone afterwards. A sequence fails alone, where
-        its numbers are not finite; the others go on.
+        """Run one step of all sequences. Sequences that are done or failed are removed.
+
+        A sequence whose logits or pixels are not finite fails alone; the others continue.
 
         Returns:
             (request id, piece of its answer), in the order in which the requests were added.
@@ -129,7 +165,18 @@ class Scheduler:
 
     @torch.no_grad()
     def hidden_states(self, request: Request) -> torch.Tensor:
-        """The hidden states (S, D) of a request's prompt after the last norm. Nothing else may be on its way."""
+        """Hidden states of a prompt. No request may be running.
+
+        Args:
+            request: a validated request.
+
+        Returns:
+            Hidden states (S, D) of the prompt's positions, after the last norm.
+
+        Raises:
+            ValueError: the prompt does not fit the context.
+            NonFiniteError: a state is not finite.
+        """
         sequence = self.new_sequence(request)
         assert sequence.generator is not None and sequence.state is not None and not self._sequences
         self._resize_slots(sequence, sequence.num_branches)
@@ -142,18 +189,18 @@ class Scheduler:
     # ---------------------------------------------------------------- a step
 
     def _resize_slots(self, sequence: SequenceState, num_slots: int) -> None:
-        """Give a sequence as many slots as it has branches: those of guidance while it writes a picture."""
+        """Give a sequence a number of slots: one for each branch of guidance while it writes an image."""
         while len(sequence.slots) > num_slots:
             slot = sequence.slots.pop()
             sequence.hidden_states.pop(len(sequence.slots), None)
             moved_slot = self.cache.free(slot)
             for other in self._sequences.values():
-                other.slots = [slot if one == moved_slot else one for one in other.slots]
+                other.slots = [slot if number == moved_slot else number for number in other.slots]
         while len(sequence.slots) < num_slots:
             sequence.slots.append(self.cache.allocate())
 
     def _step_all(self, sequences: list[SequenceState]) -> None:
-        """One step of each sequence's generator."""
+        """Run one step of each sequence's generator."""
         for sequence in sequences:
             self._resize_slots(sequence, sequence.num_branches)
         step_inputs = [
@@ -175,10 +222,10 @@ class Scheduler:
             self._step_generators(bucket_sequences, bucket_inputs, hidden_of)
 
     def _run_backbone(self, sequences: list[SequenceState], step_inputs: list[StepInput]) -> dict[int, torch.Tensor]:
-        """One pass of the backbone for these sequences, in the order of their slots: the cache is read without copies.
+        """Run the backbone once for these sequences, in the order of their slots: the cache is read without copies.
 
         Returns:
-            By slot, the hidden states (L, D) of what was read.
+            By slot, the hidden states (L, D) of the positions that were read.
         """
         lengths = [
             len(ids) + len(step_input.ids)
@@ -196,8 +243,7 @@ class Scheduler:
         return {slots[i]: hidden_BLD[index, : lengths[i]] for index, i in enumerate(order)}
 
     def _build_inputs(self, sequences: list[SequenceState], step_inputs: list[StepInput], length: int) -> ModelInputs:
-        """What all branches read: ids that are pending, with features of the prompt's pictures, then what the generator
-        asks for."""
+        """Inputs of all branches: pending ids with features of the prompt's images, then the generators' inputs."""
         padded_ids: list[list[int]] = []
         spans: list[InputSpan] = []
         for sequence, step_input in zip(sequences, step_inputs, strict=True):
@@ -217,10 +263,12 @@ class Scheduler:
     def _step_generators(
         self, sequences: list[SequenceState], step_inputs: list[StepInput], hidden_of: dict[int, torch.Tensor]
     ) -> None:
-        """Step the sequences' generators, those of one generator together.
+        """Step the sequences' generators; sequences of one generator are stepped together.
 
         Args:
-            hidden_of: by slot, the hidden states (L, D) of what was read.
+            sequences: the sequences.
+            step_inputs: of each the input of its generator.
+            hidden_of: by slot, the hidden states (L, D) of the positions that were read.
         """
         groups: dict[int, list[int]] = {}
         hidden: list[list[torch.Tensor]] = []
@@ -245,8 +293,8 @@ class Scheduler:
     def _hidden_for(
         self, sequence: SequenceState, hidden: list[torch.Tensor], step_input: StepInput
     ) -> list[torch.Tensor]:
-        """By branch, what the sequence's generator gets: the hidden states of what it asked for, or of all that was
-        read; where it asked for nothing, of the prompt's last position."""
+        """By branch, the hidden states for the sequence's generator: those of its input, or of all positions that were
+        read; without an input, of the prompt's last position."""
         assert sequence.generator is not None
         if self.model.generators[sequence.request.generator].needs_context:
             for branch, states_LD in enumerate(hidden):
@@ -260,7 +308,7 @@ class Scheduler:
     # ---------------------------------------------------------------- after a step
 
     def _postprocess(self, sequences: list[SequenceState]) -> list[tuple[int, Part]]:
-        """What this step made of these sequences' answers; those that are done leave."""
+        """The pieces of answers of this step; sequences that are done or failed are removed."""
         self.finished, self.failed = {}, {}
         for sequence in sequences:
             if sequence.state and not sequence.state.finite:
@@ -280,7 +328,8 @@ class Scheduler:
     def _collect_outputs(
         self, ended: list[tuple[SequenceState, GenerationState]], sequences: list[SequenceState]
     ) -> Iterator[tuple[SequenceState, Part]]:
-        """Text as it comes, previews that are due, and the pictures of segments that ended, which then go on."""
+        """New text, previews that are due, and images of segments that ended, whose sequences then start the next
+        segment."""
         for sequence in sequences:
             if self._writes_text(sequence):
                 if delta := segments.text_delta(self.model, sequence):
@@ -295,7 +344,7 @@ class Scheduler:
                 segments.start_next_segment(self.model, sequence, self.cache)
 
     def _finished_image(self, sequence: SequenceState, state: GenerationState) -> Iterator[tuple[SequenceState, Part]]:
-        """The picture of a segment that ended, after the text that was written with it."""
+        """The image of a segment that ended, after the text that was written with it."""
         assert sequence.generator is not None
         try:
             image, codes_hw = segments.decode_image(self.model, sequence.generator, state)
@@ -325,7 +374,14 @@ class Scheduler:
 
 
 def prompt_spans(spans: list[PromptSpan], row: int, start: int, stop: int) -> list[InputSpan]:
-    """The spans of a prompt that stand in its positions `start` to `stop`, which row `row` of a step reads first."""
+    """The spans of image features of a prompt that one row of a step reads.
+
+    Args:
+        spans: of the whole prompt.
+        row: index of the row, which reads positions of the prompt first.
+        start: first of these positions.
+        stop: the position after the last.
+    """
     return [
         InputSpan(row, slice(span.start - start, span.stop - start), span.features_PD)
         for span in spans
@@ -334,7 +390,13 @@ def prompt_spans(spans: list[PromptSpan], row: int, start: int, stop: int) -> li
 
 
 def step_spans(step_input: StepInput, row: int, start: int) -> list[InputSpan]:
-    """What a generator asks for, from position `start` of row `row` on."""
+    """The spans of a generator's input.
+
+    Args:
+        step_input: the input.
+        row: index of the row that reads it.
+        start: its first position in the row.
+    """
     spans, stop = [], start + len(step_input.ids)
     if step_input.embeds is not None:
         spans.append(InputSpan(row, slice(stop - len(step_input.embeds), stop), step_input.embeds))
@@ -344,15 +406,17 @@ def step_spans(step_input: StepInput, row: int, start: int) -> list[InputSpan]:
 
 
 def bucket_rows(lengths: list[int], branches: list[int]) -> list[list[int]]:
-    """Group rows that one pass of the backbone reads together. Rows go apart where padding would cost more than
-    `PADDING_COST` positions, and where there is nothing to read.
+    """Group sequences that one pass of the backbone reads together.
+
+    Sequences are separated where padding would cost more than `PADDING_COST` positions, and where there is nothing to
+    read.
 
     Args:
-        lengths: positions that each row reads.
-        branches: how many sequences of the batch each row takes.
+        lengths: number of positions that each sequence reads.
+        branches: number of rows of the batch that each sequence takes.
 
     Returns:
-        Row numbers, pass by pass.
+        Indices of sequences, pass by pass.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     passes, begin = [], 0

@@ -1,15 +1,16 @@
-"""How likely a model finds documents: what comparisons learn from, and what captions and pictures are chosen by.
+"""Log-likelihoods of documents, for preference training, for scores, and to choose the best caption or image.
 
-    log_p = log_likelihood(model, pack([[tokens], ..], length, size))     # what the assistant says, in nats
+    log_p = log_likelihood(model, pack([[tokens], ..], length, size))     # of the assistant's segments, in nats
 
-Of captions that a model gives a picture, and of pictures that it draws of some words, the best is the one with most
+The best caption of an image, and the best image of a text, has the highest
 
-    log p(caption | picture) + w log p(picture | caption)
+    log p(caption | image) + w log p(image | caption)
 
-as in MMI-bidi (Li et al. 2016, arXiv 1510.03055) and other noisy channels: the model that reads pictures also draws
-them, and where it draws, a combination of words that it never saw is nothing unlikely; what it drew wrong, it may yet
-read right. Does not depend on how answers are drawn. Shapes: B rows, L positions, D documents, N pictures of M codes in
-raster order, P others of T costs.
+as in MMI-bidi (Li et al. 2016, arXiv 1510.03055) and other noisy-channel models. The model that reads images also
+generates them: as a generator it gives unseen combinations of words a fair likelihood, and an image that it generated
+wrongly it may still read correctly. Does not depend on: how answers are sampled.
+
+Shapes: B rows, L positions, D documents, N images of M codes in raster order, P other images with T losses each.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ from unigen.samplers.guidance import Guidance
 from unigen.utils.numbers import NonFiniteError
 
 CAPTION_PROMPT = "describe this picture"
-"""What a caption answers."""
+"""The question of a caption."""
 CAPTION_WEIGHT, IMAGE_WEIGHT = 0.7, 0.3
-"""w among captions of one picture, and among pictures of one text, where it favours what is drawn often."""
+"""w for captions of one image, and for images of one text, where it favours frequent images."""
 
 
 def log_likelihood(
@@ -44,14 +45,24 @@ def log_likelihood(
     temperature: float = 1.0,
     rng: torch.Generator | None = None,
 ) -> Tensor:
-    """log p (nats) of what is learnt in each document (D,) of packed rows: of codes in raster order among codes, as
-    guidance and temperature have them drawn, and of text as it is.
+    """Log-likelihoods of the trained segments of documents.
 
-    Of a picture that another generator writes it is - the sum of its costs, for next-scale (as it is drawn, too) and
-    random order log p itself; where it has one cost for a whole picture, - codes x this mean: for masked prediction an
-    estimate of a bound, under the masks that `rng` draws, for a flow the squared error in its place, as in
-    Diffusion-DPO (Wallace et al. 2023, arXiv 2311.12908). Where it has no `guided_loss` it is what it says without
-    guidance. batch: filled; blind: the same, for guidance.
+    Text has the softmax over all ids. Codes in raster order have the softmax over codes, with guidance and temperature
+    as in sampling. An image of another generator has the negative sum of its losses: log p for next-scale (with
+    guidance, too) and random order. A generator with one loss for an image has - codes x this mean: for masked
+    prediction an estimate of a bound, under masks from `rng`; for a flow the squared error takes its place, as in
+    Diffusion-DPO (Wallace et al. 2023, arXiv 2311.12908). A generator without `guided_loss` is scored without guidance.
+
+    Args:
+        model: the model.
+        batch: packed rows with all ids.
+        blind: the same documents with unconditional prompts, for guidance.
+        guidance: guidance under which images were sampled; None is none.
+        temperature: temperature at which codes were sampled.
+        rng: random generator of masks, orders, times and noise; None where no image needs one.
+
+    Returns:
+        log p (D,) of each document, in nats.
     """
     documents_B = batch.segments_BL.amax(1)
     first_index_B = documents_B.cumsum(0) - documents_B
@@ -91,20 +102,22 @@ def log_likelihood(
 
 @dataclass(frozen=True)
 class _EncodedBatch:
-    """A batch and what the backbone makes of it."""
+    """A batch and its hidden states."""
 
     batch: Batch
+    """Packed rows with all ids."""
     hidden_BLD: Tensor
-    targets: dict[str, Any]
-    """What each generator compares with, by its name."""
+    """Hidden states of the backbone."""
+    targets: dict[str, object]
+    """The targets of each generator, by its name."""
 
 
 def _encode(
     model: UnifiedModel, batch: Batch, generators: Mapping[str, Generator], rng: torch.Generator | None
 ) -> _EncodedBatch:
-    """The batch with what generators lay out in it, whose randomness is `rng`."""
+    """Run the backbone on a batch with the inputs of generators, which draw from `rng`."""
     spans: list[InputSpan] = []
-    targets: dict[str, Any] = {}
+    targets: dict[str, object] = {}
     for name, generator in generators.items():
         assert rng is not None, f"what {name} learns from is drawn"
         generator_spans, targets[name] = generator.prepare(model, batch, rng)
@@ -113,7 +126,7 @@ def _encode(
 
 
 def _text_log_probs(model: UnifiedModel, side: _EncodedBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, positions and log-probabilities (T,) of the ids of text that are learnt."""
+    """Rows, positions and log-probabilities (T,) of the trained ids of text."""
     batch = side.batch
     rows, positions = (batch.loss_BL & ~batch.image_mask()).nonzero(as_tuple=True)
     logits_TV = model.logits(side.hidden_BLD[rows, positions - 1])
@@ -121,7 +134,7 @@ def _text_log_probs(model: UnifiedModel, side: _EncodedBatch) -> tuple[Tensor, T
 
 
 def _drawn_images(model: UnifiedModel, batch: Batch) -> Tensor:
-    """The numbers (N,) of the images that are learnt as codes in raster order."""
+    """Indices (N,) of the images that are trained as codes in raster order."""
     drawn = batch.images_of(model.template.context_generator).to(batch.spans_N3.device)
     return drawn[batch.loss_BL[batch.spans_N3[drawn, 0], batch.spans_N3[drawn, 1]]]
 
@@ -138,7 +151,7 @@ def _code_log_probs(
     image_start, image_stop = model.vocabulary.image_start, model.vocabulary.image_stop
     batch = sides[0].batch
     rows_N1, positions_NM = batch.span_positions(drawn)
-    is_code_M = model.vocabulary.is_image(batch.ids_BL[rows_N1, positions_NM])[0]  # and not what ends a row
+    is_code_M = model.vocabulary.is_image(batch.ids_BL[rows_N1, positions_NM])[0]  # and no id that ends a row
     branches = []
     for side in sides:
         side_rows_N1, side_positions_NM = side.batch.span_positions(drawn)
@@ -155,17 +168,18 @@ def _code_log_probs(
 
 @torch.inference_mode()
 def score_document(model: UnifiedModel, document: Document, per_token: bool = False) -> Score:
-    """How likely a model finds what the assistant says in a document: text by all ids, codes of images among codes.
+    """Log-likelihood of the assistant's segments in a document: text among all ids, codes of images among codes.
 
     Args:
-        model: gives the likelihoods.
+        model: the model.
         document: with at least one segment of the assistant; its images are images or codes.
-        per_token: whether to give the log-probability of each id.
+        per_token: whether to return the log-probability of each id.
 
     Returns:
-        The score of the ids that are learnt of such a document in training: the end of a turn is one of them.
+        The score of the ids that such a document has as targets in training; the end of a turn is one of them.
+
     Raises:
-        ValueError: where the assistant says nothing.
+        ValueError: the assistant has no segment.
     """
     if not any(segment.role == "assistant" for segment in document.segments):
         raise ValueError("the assistant says nothing in this document: there is nothing to score")
@@ -186,7 +200,12 @@ def score_document(model: UnifiedModel, document: Document, per_token: bool = Fa
 
 
 def has_guided_likelihood(model: UnifiedModel, batch: Batch) -> bool:
-    """Are there pictures in it whose likelihood is that by which they are drawn, guidance and all?"""
+    """Whether a batch has images whose log-likelihood includes guidance.
+
+    Args:
+        model: the model.
+        batch: packed rows.
+    """
     guided = {name for name, generator in model.generators.items() if generator.guided_loss is not None}
     return not {*batch.handlers}.isdisjoint({model.template.context_generator, *guided})
 
@@ -196,7 +215,17 @@ def _token_log_probs(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 def mutual_score(model: UnifiedModel, asked: Sequence[Document], texts: Sequence[str], weight: float) -> Tensor:
-    """How well each text (D,) goes with the document's one picture, given as codes: the sum, w being `weight`."""
+    """How well texts match images: log p(text | image) + weight log p(image | text).
+
+    Args:
+        model: the model.
+        asked: D documents with one image each, given as codes, and its question.
+        texts: of each document the text.
+        weight: w.
+
+    Returns:
+        Scores (D,), in nats.
+    """
     answered_documents: list[Document] = []
     drawn: list[Document] = []
     for document, text in zip(asked, texts, strict=True):
@@ -208,7 +237,16 @@ def mutual_score(model: UnifiedModel, asked: Sequence[Document], texts: Sequence
 
 @torch.inference_mode()
 def rerank_captions(model: UnifiedModel, asked: Sequence[Document], captions: Sequence[Sequence[str]]) -> list[str]:
-    """Of the captions of each document's one picture, given as codes, the best; the first of equals."""
+    """The best caption of each image; the first of equals.
+
+    Args:
+        model: compares the captions.
+        asked: documents with one image each, given as codes, and its question.
+        captions: of each document the candidates.
+
+    Raises:
+        NonFiniteError: a score is not finite.
+    """
     repeated_documents = [document for document, texts in zip(asked, captions, strict=True) for _ in texts]
     scores = mutual_score(model, repeated_documents, [text for texts in captions for text in texts], CAPTION_WEIGHT)
     return _argmax_per_group(captions, scores, model.dtype)
@@ -216,7 +254,16 @@ def rerank_captions(model: UnifiedModel, asked: Sequence[Document], captions: Se
 
 @torch.inference_mode()
 def rerank_images(model: UnifiedModel, words: Sequence[str], pictures: Sequence[Sequence[Any]]) -> list[Any]:
-    """Of the pictures (PIL) of each text, the best; the first of equals."""
+    """The best image of each text; the first of equals.
+
+    Args:
+        model: compares the images.
+        words: the texts.
+        pictures: of each text the candidates, PIL images.
+
+    Raises:
+        NonFiniteError: a score is not finite.
+    """
     caption_documents = [
         model.encode_document(Document.of([picture, CAPTION_PROMPT]))
         for candidates in pictures
@@ -229,8 +276,11 @@ def rerank_images(model: UnifiedModel, words: Sequence[str], pictures: Sequence[
 
 
 def _argmax_per_group(answers: Sequence[Sequence[Any]], scores: Tensor, dtype: torch.dtype) -> list[Any]:
-    """Of each row the answer of the greatest score. Raises NonFiniteError, with the model's dtype, where one of them is
-    none."""
+    """Of each row the answer of the highest score.
+
+    Raises:
+        NonFiniteError: a score is not finite; the error names the model's dtype.
+    """
     if not bool(scores.isfinite().all()):
         raise NonFiniteError("scores of candidates", dtype)
     parts = scores.split([len(candidates) for candidates in answers])
@@ -238,8 +288,8 @@ def _argmax_per_group(answers: Sequence[Sequence[Any]], scores: Tensor, dtype: t
 
 
 def _unpacked_log_likelihood(model: UnifiedModel, documents: Sequence[Document], batch: int = 64) -> Tensor:
-    """log p (D,) of what the assistant says in documents whose pictures are codes, a row each; together are those of
-    pictures of one shape."""
+    """log p (D,) of the assistant's segments in documents with codes as images, one document a row. Documents with
+    images of equal shapes run in one batch."""
     tokens = [model.template.encode(document) for document in documents]
     by_shape: dict[tuple[torch.Size, ...], list[int]] = {}
     for number, candidates in enumerate(tokens):

@@ -1,7 +1,7 @@
-"""Segments of an answer: how a sequence begins, what it writes next, and pieces of it that can be given out.
+"""Segments of an answer: how a sequence starts, what it writes next, and the pieces of it that can be streamed.
 
-Every segment draws from a random generator of its own, made of the request's seed and the segment's number. Does not
-depend on: batching, how any generator works.
+Every segment has its own random generator, seeded by the request's seed and the segment's number. Does not depend on:
+batching, how any generator works.
 """
 
 from __future__ import annotations
@@ -22,14 +22,19 @@ from unigen.samplers.guidance import Guidance
 from unigen.samplers.seeds import make_rng
 
 MAX_CHARS_PER_POSITION = 16
-"""Characters of a text for each position of the context, above which it is not split into tokens: text has fewer."""
+"""Characters for each position of the context, above which a text is rejected before it is tokenized: real text has
+fewer."""
 
 
 def new_sequence(model: UnifiedModel, request: Request) -> SequenceState:
-    """A sequence for a request, with its first segment begun.
+    """Build a sequence for a request and start its first segment.
+
+    Args:
+        model: the model that answers.
+        request: a validated request; its document's images become codes.
 
     Raises:
-        ValueError: the prompt and what is asked for do not fit the context.
+        ValueError: the prompt and the answer do not fit the context.
     """
     _check_length(model, request.document)
     request.document = model.encode_document(request.document)
@@ -52,9 +57,14 @@ def new_sequence(model: UnifiedModel, request: Request) -> SequenceState:
 
 
 def start_next_segment(model: UnifiedModel, sequence: SequenceState, cache: SlotCache) -> None:
-    """Begin the next segment of a sequence whose segment has ended, or leave the sequence done.
+    """Start the next segment of a sequence whose segment has ended, or leave the sequence done.
 
-    A picture that the cache does not hold as later segments read it is removed from the cache and read again.
+    An image that the cache does not hold as later segments read it is removed from the cache and read again.
+
+    Args:
+        model: the model that answers.
+        sequence: changed in place.
+        cache: holds the sequence's slots.
     """
     state, request = sequence.state, sequence.request
     assert state is not None
@@ -77,7 +87,12 @@ def start_next_segment(model: UnifiedModel, sequence: SequenceState, cache: Slot
 
 
 def text_delta(model: UnifiedModel, sequence: SequenceState) -> str:
-    """What a text has gained since the last call. An unfinished character waits for its last byte."""
+    """The new text of a sequence since the last call. An unfinished character waits for its last byte.
+
+    Args:
+        model: decodes ids.
+        sequence: one that writes text; its `streamed_text` is updated.
+    """
     assert sequence.state is not None
     text = model.template.decode(sequence.state.ids)
     if text.endswith("\N{REPLACEMENT CHARACTER}") and not sequence.state.done:
@@ -88,7 +103,12 @@ def text_delta(model: UnifiedModel, sequence: SequenceState) -> str:
 
 
 def joint_text(model: UnifiedModel, sequence: SequenceState) -> str:
-    """The text of a finished segment that holds a text and a picture, up to its end."""
+    """The text of a finished segment of a text and an image, up to the end of turn.
+
+    Args:
+        model: decodes ids.
+        sequence: one whose segment is finished.
+    """
     assert sequence.state is not None
     ids = sequence.state.text_ids
     ends = [n for n, id in enumerate(ids) if id in model.template.stop_token_ids]
@@ -98,8 +118,16 @@ def joint_text(model: UnifiedModel, sequence: SequenceState) -> str:
 def decode_image(
     model: UnifiedModel, generator: Generator, state: GenerationState
 ) -> tuple[Image.Image, torch.Tensor | None]:
-    """A segment's picture, and its codes (h, w) where the model reads them as such. Pictures are decoded one by one,
-    since how a convolution rounds depends on the size of the batch.
+    """The image of a segment. Images are decoded one by one, since the rounding of a convolution depends on the batch
+    size.
+
+    Args:
+        model: decodes codes.
+        generator: the generator that wrote the segment.
+        state: finished, or with `progress`.
+
+    Returns:
+        The image, and its codes (h, w) of the model's image tokenizer; None where the generator gives pixels.
 
     Raises:
         NonFiniteError: pixels are not finite.
@@ -112,7 +140,14 @@ def decode_image(
 
 
 def next_preview(model: UnifiedModel, sequence: SequenceState) -> Preview | None:
-    """The sequence's picture as it looks now, where so much more of it is done that it is to be shown.
+    """A preview of the sequence's image, where the next one is due.
+
+    Args:
+        model: decodes codes.
+        sequence: one that writes an image; its counts of previews are updated.
+
+    Returns:
+        The preview; None where none is due.
 
     Raises:
         NonFiniteError: pixels are not finite.
@@ -128,7 +163,7 @@ def next_preview(model: UnifiedModel, sequence: SequenceState) -> Preview | None
 
 
 def _check_length(model: UnifiedModel, document: Document) -> None:
-    """Refuse what is far too long before its texts are split into tokens and its pictures encoded."""
+    """Reject a document that is far too long before its texts are tokenized and its images encoded."""
     if (characters := document.num_characters()) > MAX_CHARS_PER_POSITION * model.max_length:
         raise ValueError(
             f"the prompt has {characters:,} characters, the model reads {model.max_length:,} positions: shorten it"
@@ -142,7 +177,7 @@ def _check_length(model: UnifiedModel, document: Document) -> None:
 
 
 def _image_length(model: UnifiedModel, request: Request) -> int:
-    """Positions that a picture needs, written and read back."""
+    """Number of positions that an image needs, written and read back."""
     layout, generator = model.template.layout(request.grid), model.generators[request.generator]
     has_begin_token = request.generator in model.template.begin_ids
     written = 0 if generator.cache_reusable else generator.num_positions() + 2 * has_begin_token
@@ -150,7 +185,7 @@ def _image_length(model: UnifiedModel, request: Request) -> int:
 
 
 def _image_begin_ids(model: UnifiedModel) -> list[int]:
-    """Begin tokens of all generators. Whichever of them the text ends with, the request's generator writes."""
+    """Begin tokens of all generators. After any of them the request's generator writes the image."""
     return [id for name, id in model.template.begin_ids.items() if name in model.generators]
 
 
@@ -162,7 +197,8 @@ def _next_rng(sequence: SequenceState) -> torch.Generator:
 
 
 def _start_image(model: UnifiedModel, sequence: SequenceState) -> None:
-    """The main branch goes on in its slot. The others read their prompts anew, with the pictures made so far."""
+    """Start an image. The main branch continues in its slot. The others read their prompts again, with the images so
+    far."""
     request = sequence.request
     others = [
         model.prompt_ids(model.template.prompt(sequence.document, output=request.output, branch=branch))
@@ -186,7 +222,7 @@ def _start_image(model: UnifiedModel, sequence: SequenceState) -> None:
 
 
 def _prefix_text_ids(model: UnifiedModel, sequence: SequenceState) -> list[int] | None:
-    """The ids of the text that a picture's segment opens with; None where it has none, or is to write it."""
+    """The ids of the text with which an image's segment opens; None where it has none, or is to be generated."""
     template, name = model.template, sequence.request.generator
     if name not in template.text_lengths or not any((s.text or "").strip() for s in sequence.document.segments):
         return None
@@ -194,7 +230,7 @@ def _prefix_text_ids(model: UnifiedModel, sequence: SequenceState) -> list[int] 
 
 
 def _read_back_image(model: UnifiedModel, sequence: SequenceState, cache: SlotCache) -> None:
-    """Let the main branch read a finished picture as its context. What stands in the cache already is read no more."""
+    """Let the main branch read a finished image as context, except for positions that are in the cache already."""
     state, template = sequence.state, model.template
     assert state is not None and sequence.generator is not None
     layout = template.layout(sequence.request.grid)
@@ -216,7 +252,7 @@ def _read_back_image(model: UnifiedModel, sequence: SequenceState, cache: SlotCa
 
 
 def _start_text(model: UnifiedModel, sequence: SequenceState, begin: int) -> None:
-    """A text may end in a picture while the answer may have more of them and the context has room for one."""
+    """Start a text. It may end in an image while the answer may have more images and the context has room for one."""
     request, template = sequence.request, model.template
     sequence.streamed_text = ""
     positions_used = len(template.prompt(sequence.document, output=request.output)) + 1

@@ -1,4 +1,4 @@
-"""The state of one answer that is being generated, and what it has taken so far."""
+"""The state of one answer that is being generated, and its usage so far."""
 
 from __future__ import annotations
 
@@ -16,58 +16,64 @@ from unigen.model.template import IMAGE_OUTPUTS
 
 @dataclass
 class SequenceState:
-    """One answer on its way. Segments are written one after another; each branch of guidance reads in a cache slot of
-    its own."""
+    """State of one answer. Segments are written one after another; each branch of guidance has its own cache slot."""
 
     request: Request
+    """The validated request."""
     document: Document
-    """The prompt and the segments that are finished."""
+    """The prompt and the finished segments."""
     request_id: int = -1
     """The scheduler's number of the request."""
     slots: list[int] = field(default_factory=list)
     """Cache slots, one for each branch."""
     pending_ids: list[list[int]] = field(default_factory=list)
-    """By branch, the ids that it reads before what the generator reads."""
+    """By branch, the ids that it reads before the generator's input."""
     generator: Generator | None = None
-    """Writes the current segment."""
+    """The generator of the current segment."""
     state: GenerationState | None = None
-    """The current segment."""
+    """State of the current segment."""
     num_segments: int = 0
-    """Segments that were begun."""
+    """Number of segments started so far."""
     num_images: int = 0
-    """Segments that ended as pictures."""
+    """Number of finished images."""
     num_text_tokens: int = 0
-    """Ids of the texts that have ended."""
+    """Number of ids of finished texts."""
     num_cached: int = 0
-    """Positions of the current segment that the cache holds."""
+    """Positions of the current segment in the cache."""
     streamed_text: str = ""
-    """Text of the current segment that was given out."""
+    """Text of the current segment that was streamed."""
     preview_milestones: int = 0
-    """How many of the times for a preview of the current picture have passed."""
+    """Number of due times for a preview of the current image that have passed."""
     num_previews: int = 0
-    """Previews of the current picture that were given out."""
+    """Number of previews of the current image so far."""
     prompt_tokens: int = 0
-    """Ids of the prompt."""
+    """Number of ids of the prompt."""
     image_prompt_tokens: int = 0
-    """Ids of the prompt that stand for pictures."""
+    """Number of ids of the prompt that belong to images."""
     truncated: bool = False
-    """Did the last text end at its limit?"""
+    """Whether the last text ended at its limit."""
     prompt_spans: list[list[PromptSpan]] = field(default_factory=list)
-    """By branch, the positions of its prompt that read features of pictures."""
+    """By branch, the spans of its prompt that read features of images."""
     context_ids: set[int] = field(default_factory=set)
-    """Ids of the prompt and of the segments that have ended: a penalty on repetition counts them."""
+    """Ids of the prompt and of finished segments: a repetition penalty counts them."""
     hidden_states: dict[int, torch.Tensor] = field(default_factory=dict)
-    """By branch, the hidden states (S, D) of all that was read, where a generator needs them."""
+    """By branch, the hidden states (S, D) of all positions that were read, where a generator needs them."""
     record: SequenceRecord = field(default_factory=SequenceRecord)
-    """What is kept of the answer for its `GenerationResult`."""
+    """Records of the answer for its `GenerationResult`."""
 
     @property
     def num_branches(self) -> int:
+        """Number of branches of guidance."""
         return len(self.pending_ids)
 
 
 def record_segment(sequence: SequenceState, state: GenerationState) -> None:
-    """Keep what a segment that has ended drew, and what else the request records of it."""
+    """Add a finished segment to the sequence's records.
+
+    Args:
+        sequence: changed in place.
+        state: of the segment.
+    """
     record, wanted = sequence.record, sequence.request.record
     record.token_ids += state.drawn_ids
     record.logprobs += state.logprobs
@@ -78,7 +84,11 @@ def record_segment(sequence: SequenceState, state: GenerationState) -> None:
 
 
 def sequence_progress(sequence: SequenceState) -> float:
-    """The share of a request for one picture that is written, in [0, 1]; 0 where that is not known."""
+    """The finished fraction in [0, 1] of a request for one image; 0 where it is unknown.
+
+    Args:
+        sequence: any.
+    """
     if sequence.state is None or sequence.request.output not in IMAGE_OUTPUTS:
         return 0.0
     steps_done, steps = sequence.state.progress
