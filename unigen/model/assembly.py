@@ -36,7 +36,7 @@ def build_model(
     image_tokenizer: ImageTokenizer,
     text_size: int,
     generator_names: Sequence[str] = (CONTEXT_GENERATOR,),
-    heads: Sequence[Any] = (),
+    heads: Sequence[Generator] = (),
     begin_tokens: Mapping[str, str] | None = None,
     classes: Sequence[str] = (),
     factories: Mapping[str, Callable[[], Generator]] | None = None,
@@ -122,7 +122,7 @@ def build_from_config(
     tokenizer: Any,
     image_tokenizer: ImageTokenizer,
     generator_names: Sequence[str] = (CONTEXT_GENERATOR,),
-    heads: Sequence[Any] = (),
+    heads: Sequence[Generator] = (),
     classes: Sequence[str] = (),
 ) -> UnifiedModel:
     """Build a new model with random weights. Seed torch first.
@@ -147,7 +147,9 @@ def build_from_config(
     return build_model(lm, tokenizer, image_tokenizer, len(tokenizer), generator_names, heads, classes=classes)
 
 
-def add_generators(model: UnifiedModel, generator_names: Sequence[str], heads: Sequence[Any] = ()) -> UnifiedModel:
+def add_generators(
+    model: UnifiedModel, generator_names: Sequence[str], heads: Sequence[Generator] = ()
+) -> UnifiedModel:
     """Build a model of the same parts with further, untrained generators. Parts are shared, not copied.
 
     Args:

@@ -105,7 +105,7 @@ class Template(Protocol):
     """The number of guidance scales: one less than the branches of guidance."""
     supports_system: bool
     """Whether system messages are followed in text."""
-    settings: dict[str, Any]
+    settings: dict[str, object]
     """Settings of the template, saved in unigen.json."""
     begin_ids: dict[str, int]
     """The begin token of a picture, by generator. Without one, the picture follows the prompt directly."""
@@ -199,7 +199,7 @@ class PretrainedTemplate:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.text_lengths: dict[str, int] = {}
-        self.settings: dict[str, Any] = {}
+        self.settings: dict[str, object] = {}
 
     def preprocess(self, image: Image.Image, size: int) -> np.ndarray:
         """Pixels (size, size, 3), uint8, of the centre of a picture."""

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -35,6 +35,13 @@ from unigen.options import resolve
 from unigen.samplers.guidance import Guidance
 from unigen.tokenizers import ImageTokenizer
 from unigen.tokenizers.quantize import check_finite
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch.nn.modules.module import _IncompatibleKeys
+
+    from unigen.media.images import ImageSource
 
 
 class UnifiedModel(nn.Module):
@@ -71,7 +78,7 @@ class UnifiedModel(nn.Module):
         self.template = template
         self.generators = generators if isinstance(generators, GeneratorDict) else GeneratorDict(generators)
         self.generators.on_build = self._register_generator
-        self.default_sampling: dict[str, dict[str, Any]] = {}
+        self.default_sampling: dict[str, dict[str, object]] = {}
         """Options of generators that hold where a request sets no others, by generator."""
         self.quantization: str | None = None
         """The kind of quantized weights, "8bit" or "4bit"; None where they are not quantized."""
@@ -96,7 +103,7 @@ class UnifiedModel(nn.Module):
             heads: Any = self._modules["heads"]
             heads[name] = generator.to(weight.device, weight.dtype).train(self.training)
 
-    def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
         """As of any module, with all generators. Those not built yet are built for it, and so for `parameters`."""
         self.generators.build_all()
         return super().named_modules(*args, **kwargs)
@@ -106,7 +113,7 @@ class UnifiedModel(nn.Module):
         self.generators.build_all()
         return super().state_dict(*args, **kwargs)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> _IncompatibleKeys:
         """As of any module. Keys of version 0.1 are accepted."""
         self.generators.build_all()
         return super().load_state_dict(rename_state(state_dict), *args, **kwargs)
@@ -168,9 +175,11 @@ class UnifiedModel(nn.Module):
         if generator not in self.generators:
             raise ValueError(f"the model has no generator {generator!r}")
         groups = self.generators.options(generator)
-        known = [name for group in groups for name, declared in group.options().items() if declared.reported]
-        if unknown_options := [name for name in options if name not in known]:
-            raise ValueError(f"{generator} does not take {', '.join(unknown_options)}: it takes {', '.join(known)}")
+        option_names = [name for group in groups for name, declared in group.options().items() if declared.reported]
+        if unknown_options := [name for name in options if name not in option_names]:
+            raise ValueError(
+                f"{generator} does not take {', '.join(unknown_options)}: it takes {', '.join(option_names)}"
+            )
         scales = Guidance.of(options.get("guidance", [1.0] * self.template.num_guidance_scales)).scales
         if len(scales) != self.template.num_guidance_scales:
             raise ValueError(
@@ -324,7 +333,7 @@ class UnifiedModel(nn.Module):
         ]
         return replace(document, segments=segments)
 
-    def preprocess_images(self, images: Sequence[Any]) -> Tensor:
+    def preprocess_images(self, images: Sequence[ImageSource]) -> Tensor:
         """Pictures as the model reads them.
 
         Args:
@@ -381,6 +390,6 @@ class UnifiedModel(nn.Module):
         save_parts(folder, parts, dtype)
 
 
-def rename_state(state: Mapping[str, Any]) -> dict[str, Any]:
+def rename_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights under their names of today. Those of version 0.1 are renamed."""
     return {re.sub(r"^sight\.", "vision_encoder.", key): value for key, value in state.items()}

@@ -2,7 +2,7 @@
 
     <s>{words}<reserved08706><racm3:break> 1024 codes <eoss>        a picture, or an answer in text
     <s>{words}...                                                   an answer of text and pictures
-    <s><racm3:break> codes <eoss>...                                guidance's branch of pictures alone
+    <s><racm3:break> codes <eoss>...                                guidance's branch of pictures
     <s>...                                                          guidance's unconditional branch
 
     engine = unigen.load("leloy/Anole-7b-v0.1-hf")        # Chameleon's own public weights do not draw

@@ -1,7 +1,7 @@
 """Emu3: one Llama over text and image codes, which writes pictures of any size (Wang et al. 2024, arXiv 2409.18869).
 
     <bos>{words} masterpiece, film grained, best quality.<boi>{h}*{w}<img> (w codes <eol>) x h <eof><eoi>     a picture
-    <bos>{negative prompt}<boi>{h}*{w}<img> ...                        guidance's unconditional branch
+    <bos>{negative prompt}<boi>{h}*{w}<img> ...                                           the unconditional branch
     <bos>You are a helpful assistant. USER: <boi>...<eoi>{question}. ASSISTANT:           an answer
 
     engine = unigen.load("Emu3-community/Emu3-Gen-hf")       # draws;  Emu3-Chat-hf answers

@@ -3,7 +3,7 @@ and head (Wu et al. 2024, arXiv 2410.13848; Chen et al. 2025, arXiv 2501.17811).
 
     <bos><|User|>: {words}\n\n<|Assistant|>:<begin_of_image> 576 codes                  a picture
     <bos>User: {words}\n\nAssistant:<begin_of_image> 576 codes                          a picture by Janus-1.3B
-    <bos><pad> ... <pad><begin_of_image> ...                            guidance's unconditional branch
+    <bos><pad> ... <pad><begin_of_image> ...                                            the unconditional branch
     <bos>{system}\n\n<|User|>: <begin_of_image> 576 features <end_of_image>\n{question}\n\n<|Assistant|>:   an answer
 
     engine = unigen.load("deepseek-ai/Janus-Pro-1B")         # or transformers' layout: deepseek-community/Janus-Pro-1B
@@ -435,7 +435,7 @@ def causal_lm(model: UnifiedModel) -> PreTrainedModel:
     return with_architecture(model.backbone.lm, "UnigenJanusForCausalLM", **sizes)
 
 
-def vision_settings(state: Mapping[str, Tensor], size: int, heads: int | None = None) -> dict[str, Any]:
+def vision_settings(state: Mapping[str, Tensor], size: int, heads: int | None = None) -> dict[str, int | float]:
     """Settings of the vision encoder, inferred from its tensors: the authors' folders name it and do not describe it.
 
     Args:

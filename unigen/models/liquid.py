@@ -2,7 +2,7 @@
 arXiv 2412.04332).
 
     <bos>{words} Generate an image based on this description.<boi> 1024 codes <eoi><eos>      a picture
-    <bos><unconditional><boi> ...                                             guidance's unconditional branch
+    <bos><unconditional><boi> ...                                                             the unconditional branch
     <bos><start_of_turn>user\n<boi> codes <eoi>\n{question}<end_of_turn>\n<start_of_turn>model\n    an answer
 
     engine = unigen.load("Junfeng5/Liquid_V1_7B")     # Gemma-7B; Llama and Qwen in this layout work alike

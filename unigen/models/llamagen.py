@@ -1,6 +1,6 @@
 """LlamaGen: a Llama that draws classes or words, code after code (Sun et al. 2024, arXiv 2406.06525).
 
-    {class} 256 codes            a picture;        {1000} 256 codes                guidance's unconditional branch
+    {class} 256 codes            a picture;        {1000} 256 codes                the unconditional branch
     {words}</s> 1024 codes       a picture;        the last of 120 vectors, as many as the pieces, 1024 codes
 
     engine = unigen.load("FoundationVision/LlamaGen:c2i_B_256")       # and every other c2i_* there
@@ -23,7 +23,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -159,7 +159,7 @@ def permute_rotary(weight: Tensor, head_dim: int, back: bool = False) -> Tensor:
     return weight.unflatten(0, shape).transpose(1, 2).flatten(0, 2).contiguous()
 
 
-def infer_head_dim(state: Mapping[str, Tensor], config: Mapping[str, Any], source: Path) -> int:
+def infer_head_dim(state: Mapping[str, Tensor], config: Mapping[str, object], source: Path) -> int:
     """The width of an attention head.
 
     It follows from the file's table of positions, from `n_head` in the folder's config.json, or from the published
@@ -344,7 +344,7 @@ def _read_public(folder: Path, variant: str | None) -> _Checkpoint:
 
 
 def _infer_config(
-    public_state: Mapping[str, Tensor], kind: str, num_codes: int, file_config: Mapping[str, Any], path: Path
+    public_state: Mapping[str, Tensor], kind: str, num_codes: int, file_config: Mapping[str, object], path: Path
 ) -> LlamaConfig:
     """The config of the language model, inferred from the shapes of its tensors.
 

@@ -3,7 +3,7 @@
 
     <s>Generate an image of {W}x{H} according to the following prompt:\\n{words}<reserved08706>
         <racm3:break> h-token w-token (2w codes <reserved08799>) x 2h <eoss>                        a picture
-    <racm3:break> h-token w-token ...                       guidance's unconditional branch: the picture alone
+    <racm3:break> h-token w-token ...                                       the unconditional branch: the picture alone
     <s>{question} <racm3:break> ... <eoss><reserved08706>                   an answer, or the prompt of an edit
 
     engine = unigen.load("Alpha-VLLM/Lumina-mGPT-7B-768")          # -Omni edits

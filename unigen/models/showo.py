@@ -2,7 +2,7 @@
 arXiv 2408.12528).
 
     <|t2i|><bos>{words}<eos> <|soi|> codes <|eoi|>                                        a picture
-    <|t2i|><bos><eos> <|soi|> codes <|eoi|>                                       guidance's unconditional branch
+    <|t2i|><bos><eos> <|soi|> codes <|eoi|>                                               the unconditional branch
     <|mmu|><|soi|> codes <|eoi|><bos>USER: \\n{question} ASSISTANT:                        an answer
 
     engine = unigen.load("showlab/show-o-512x512")     # 1,024 codes; 256 of show-o

@@ -1,6 +1,6 @@
 """VAR: classes drawn scale by scale (Tian et al. 2024, arXiv 2404.02905), every depth, 256 and 512 pixels.
 
-    {class} 4 9 16 ... 256 codes        a picture;        {1000} ...        guidance's unconditional branch
+    {class} 4 9 16 ... 256 codes        a picture;        {1000} ...        the unconditional branch
 
     engine = unigen.load("FoundationVision/var:var_d16")       # and var_d20, d24, d30 (256 pixels), d36 (512)
     engine.generate(207)
