@@ -1,13 +1,12 @@
 """Training: `run_recipe` loads a recipe file and trains it; `Trainer(cfg, spec).run()` is what it calls.
 
-It does not depend on losses (an Objective does) and models (a recipe does). Nothing heavy is imported until a name is
-used.
+Nothing heavy is imported until a name is used. Does not depend on: losses (an Objective does), models (a recipe does).
 
     unigen train recipes/tiny.py steps=100 optim.lr=1e-4
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from unigen.config import OptimConfig, RunConfig
 
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["Objective", "OptimConfig", "RunConfig", "TrainSpec", "Trainer", "run_recipe"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name in __all__:
         home = {"run_recipe": "recipe", "Trainer": "trainer"}.get(name, "train_spec")
         return getattr(importlib.import_module(f"unigen.training.{home}"), name)

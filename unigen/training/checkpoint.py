@@ -1,7 +1,7 @@
-"""What a run leaves on disk: checkpoints, the averaged weights (EMA), the folder of the finished model.
+"""The files of a run: checkpoints, the averaged weights (EMA), the folder of the finished model.
 
-It does not depend on what is trained. Every file appears under a temporary name and is renamed when complete, so that a
-full disk or a kill leaves the last good one.
+Every file appears under a temporary name and is renamed when complete, so that a full disk or a kill leaves the last
+good one. Does not depend on: what is trained.
 
     save_checkpoint(run_dir, state, keep_checkpoints=2);  state = load_checkpoint(run_dir)   # None: a fresh run
 """
@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
@@ -26,11 +26,16 @@ from unigen.utils.disk import disk_errors
 
 
 class EMA:
-    """Exponential moving average of the trained weights, in fp32: w <- d w + (1 - d) p, d = min(decay, (1 + n) / (10 +
-    n)).
+    """Exponential moving average of the trained weights, in fp32.
+
+        w <- d w + (1 - d) p,    d = min(decay, (1 + n) / (10 + n))
 
     n counts the updates, so that a short run is not an average with its random start (as in TensorFlow's
     ExponentialMovingAverage with num_updates). Frozen weights and buffers are not averaged.
+
+    Args:
+        model: whose weights are averaged.
+        decay: the largest d, in [0, 1).
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -41,6 +46,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
+        """Add the present weights to the average, after a step."""
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         self.num_updates += 1
         current = [p.detach().float() for p in self._weights.values()]
@@ -48,7 +54,7 @@ class EMA:
 
     @contextmanager
     def average_parameters(self) -> Iterator[None]:
-        """Inside, the model holds the averaged weights; afterwards its own again, bit for bit."""
+        """Give the model the averaged weights inside the context; afterwards it has its own again, bit for bit."""
         original = {name: p.detach().clone() for name, p in self._weights.items()}
         with torch.no_grad():
             for name, p in self._weights.items():
@@ -60,10 +66,12 @@ class EMA:
                 for name, p in self._weights.items():
                     p.copy_(original[name])
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
+        """Return the number of updates and the averaged weights by name."""
         return {"updates": self.num_updates, "average": dict(self._shadow)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
         self.num_updates = state["updates"]
         for name, average in self._shadow.items():
             average.copy_(state["average"][name])
@@ -80,15 +88,24 @@ def _checkpoint_folder(run_dir: Path) -> Path:
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first. Files of other names, such as copies, are nobody's concern."""
+    """Return the complete checkpoints of a run, oldest first. Files with other names, such as copies, are ignored."""
     paths = {path: _CHECKPOINT_PATTERN.fullmatch(path.name) for path in _checkpoint_folder(run_dir).glob("step-*.pt")}
     return sorted((path for path, match in paths.items() if match), key=lambda path: int(path.stem.rpartition("-")[2]))
 
 
-def save_checkpoint(run_dir: Path, state: dict[str, Any], keep: int) -> Path:
-    """Write `state` (nested dicts of tensors and plain values, with "step") and drop all but the newest `keep`.
+def save_checkpoint(run_dir: Path, state: Mapping[str, object], keep: int) -> Path:
+    """Write a checkpoint, and remove old ones.
 
-    ValueError where the disk is full or cannot be written; the checkpoints already there are then untouched.
+    Args:
+        run_dir: folder of the run.
+        state: nested dicts of tensors and plain values, with "step".
+        keep: how many of the newest checkpoints stay, at least 1.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: the disk is full or cannot be written; the checkpoints already there are untouched then.
     """
     path = _checkpoint_folder(run_dir) / f"step-{state['step']:08d}.pt"
     temporary = path.with_suffix(".tmp")
@@ -99,7 +116,7 @@ def save_checkpoint(run_dir: Path, state: dict[str, Any], keep: int) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, "wb") as file:
                 hashing = _HashingWriter(file)
-                torch.save(state, cast(IO[bytes], hashing))  # of which torch writes and flushes alone
+                torch.save(state, cast(IO[bytes], hashing))  # torch only writes and flushes
                 file.write(hashing.digest())
                 file.flush()
                 os.fsync(file.fileno())
@@ -113,8 +130,17 @@ def save_checkpoint(run_dir: Path, state: dict[str, Any], keep: int) -> Path:
 
 
 def load_checkpoint(run_dir: Path) -> dict[str, Any] | None:
-    """The newest checkpoint on the CPU, or None where the run has none. ValueError with one line where it is
-    damaged."""
+    """Load the newest checkpoint of a run.
+
+    Args:
+        run_dir: folder of the run.
+
+    Returns:
+        The state that was saved, on the CPU; None where the run has no checkpoint.
+
+    Raises:
+        ValueError: the checkpoint is damaged; in one line.
+    """
     paths = list_checkpoints(run_dir)
     if not paths:
         return None
@@ -128,7 +154,7 @@ def load_checkpoint(run_dir: Path) -> dict[str, Any] | None:
 
 
 class _HashingWriter:
-    """A write-only file that hashes what passes through: a zip's own checksums are not verified when torch reads it."""
+    """A write-only file that hashes what is written. torch does not verify the checksums of the zip when it reads."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._hash = file, hashlib.blake2b(digest_size=32)
@@ -145,7 +171,7 @@ class _HashingWriter:
 
 
 def _verify(path: Path) -> None:
-    """Compare the file with the 32-byte BLAKE2b digest at its end."""
+    """Compare a file with the 32-byte BLAKE2b digest at its end. ValueError where they differ."""
     size, digest = path.stat().st_size - 32, hashlib.blake2b(digest_size=32)
     with open(path, "rb") as file:
         while size > 0 and (block := file.read(min(size, 1 << 20))):
@@ -159,9 +185,16 @@ def _verify(path: Path) -> None:
 
 
 def save_model(run_dir: Path, step: int, write: Callable[[Path], None]) -> None:
-    """`write` fills a new folder, which then takes the place of run_dir/model; noted is of which step it is.
+    """Write the model of a run to run_dir/model, which is replaced whole, and record its step.
 
-    ValueError where the disk is full; the model that was there is then untouched."""
+    Args:
+        run_dir: folder of the run.
+        step: of the model.
+        write: writes the model to a folder.
+
+    Raises:
+        ValueError: the disk is full; the model that was there is untouched then.
+    """
     folder = run_dir / "model"
     with disk_errors(str(folder), "what was saved before is untouched; free some space and run the same command again"):
         with replacing_folder(folder) as scratch:
@@ -171,12 +204,18 @@ def save_model(run_dir: Path, step: int, write: Callable[[Path], None]) -> None:
 
 
 def has_model_of_step(run_dir: Path, step: int) -> bool:
-    """Whether run_dir/model was written at this step and has all its files: a run may have been killed between its
-    checkpoint and its model, and a part of the model deleted."""
+    """Check whether run_dir/model was written at a step and has all its files.
+
+    A run may have been killed between its checkpoint and its model, and a part of the model deleted.
+
+    Args:
+        run_dir: folder of the run.
+        step: of the checkpoint.
+    """
     folder = run_dir / "model"
     try:
         written = load_json(_model_record_path(run_dir))
-        files = written.get("files", [])  # earlier versions noted the step alone
+        files = written.get("files", [])  # earlier versions recorded the step alone
         return folder.is_dir() and written["step"] == step and all((folder / name).is_file() for name in files)
     except (ValueError, KeyError, TypeError, AttributeError):
         return False
@@ -187,12 +226,12 @@ def _model_record_path(run_dir: Path) -> Path:
 
 
 def record_samples(run_dir: Path, step: int) -> None:
-    """Note that the samples of a step are all there."""
+    """Record that the samples of a step are complete."""
     save_json(_checkpoint_folder(run_dir) / "samples.json", {"step": step})
 
 
 def has_samples_of_step(run_dir: Path, step: int) -> bool:
-    """Whether the samples of a step are all there, and none are newer."""
+    """Check whether the samples of a step are complete, and none are newer."""
     try:
         return load_json(_checkpoint_folder(run_dir) / "samples.json") == {"step": step}
     except ValueError:
@@ -202,20 +241,20 @@ def has_samples_of_step(run_dir: Path, step: int) -> bool:
 # ---------------------------------------------------------------- one process a folder
 
 LOCK_NOTE = ".running"
-"""The file of a run folder that says which process trains there."""
+"""File of a run folder that says which process trains there."""
 TEMP_PREFIX = ".unigen-"
-"""With what the names of unfinished samples begin, as those of unfinished files of ours do."""
+"""Prefix of the names of unfinished samples, and of other unfinished files of the package."""
 _locked_folders: set[Path] = set()
-"""Folders of runs that this process holds, as they are when links are followed."""
+"""Run folders that this process has locked, with links followed."""
 
 
 @contextmanager
 def lock_run(run_dir: str | Path, main: bool = True) -> Iterator[None]:
-    """Hold a run folder, so that no other run trains in it; what a killed one left unfinished there is removed.
+    """Lock a run folder, so that no other run trains in it, and remove what a killed run left unfinished there.
 
     Args:
-        run_dir: the folder, made where it is not there; other paths to one folder are the same folder.
-        main: whether this is the main process of a run, on which the others rely.
+        run_dir: the folder; it is made where it is missing. Several paths to one folder are the same folder.
+        main: whether this is the main process of the run; the others take no lock.
 
     Raises:
         ValueError: another run trains there, or the folder cannot be used; in one line.
@@ -242,7 +281,7 @@ def lock_run(run_dir: str | Path, main: bool = True) -> Iterator[None]:
 
 
 def _resolve(run_dir: str | Path) -> Path:
-    """The folder, links followed."""
+    """Return the folder with links followed."""
     try:
         return Path(run_dir).resolve()
     except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a zero byte
@@ -250,7 +289,7 @@ def _resolve(run_dir: str | Path) -> Path:
 
 
 def _acquire_lock(run_dir: Path) -> int | None:
-    """What `unlock` takes. ValueError where another process has the folder."""
+    """Return the handle that `unlock` takes. ValueError where another process has the folder."""
     note, host, me = run_dir / LOCK_NOTE, socket.gethostname(), os.getpid()
     owner = note.read_text(encoding="utf-8", errors="replace").strip() if note.is_file() else ""
     advice = "wait until it ends, or choose another run_dir"
@@ -263,7 +302,7 @@ def _acquire_lock(run_dir: Path) -> int | None:
             print(f"{run_dir} was last used by {owner}: make sure that it has ended", flush=True)
         elif int(match[1]) != me and is_alive(int(match[1])):
             raise ValueError(f"{run_dir} is in use by {owner}: {advice}")
-    with suppress(OSError):  # a full disk is told where something has to be written
+    with suppress(OSError):  # a full disk is reported where the run has to write
         note.write_text(f"process {me} on {host}", encoding="utf-8")
     return handle
 
@@ -280,8 +319,10 @@ def _check_run_paths(run_dir: Path) -> None:
 
 
 def _remove_temporary_files(run_dir: Path) -> None:
-    """Remove what killed processes of this run left unfinished. What cannot be removed stays, since no run needs it
-    gone; so do files and folders of other names, which are somebody else's."""
+    """Remove what killed processes of this run left unfinished.
+
+    What cannot be removed stays, since it does not disturb a run. Files and folders with other names stay, too.
+    """
     with suppress(OSError):
         clear_scratch(run_dir / "model")
     with suppress(OSError):
@@ -294,12 +335,19 @@ def _remove_temporary_files(run_dir: Path) -> None:
             shutil.rmtree(stale_path, ignore_errors=True)
     files = "metrics.tmp", ".config.json.*.tmp", ".unigen-*.tmp", "checkpoints/step-*.tmp", "checkpoints/.unigen-*.tmp"
     for stale_path in (stale_path for pattern in files for stale_path in list(run_dir.glob(pattern))):
-        with suppress(OSError):  # a folder, or a file of somebody else
+        with suppress(OSError):  # a folder, or a file that may not be removed
             stale_path.unlink()
 
 
-def tree_to_cpu(tree: Any) -> Any:
-    """Nested dicts and lists with every tensor on the CPU, so that a checkpoint opens on any machine."""
+def tree_to_cpu(tree: object) -> Any:
+    """Move tensors to the CPU, so that a checkpoint opens on any machine.
+
+    Args:
+        tree: nested dicts, lists and tuples of tensors and plain values.
+
+    Returns:
+        The same with every tensor on the CPU, and lists in the place of tuples.
+    """
     if isinstance(tree, Tensor):
         return tree.detach().cpu()
     if isinstance(tree, dict):

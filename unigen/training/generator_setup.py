@@ -1,16 +1,17 @@
-"""What recipes share that teach a model ways of writing pictures: shares by name, and the generators still to be made.
+"""What recipes that train several generators share: weights by name, and generators that the model does not have yet.
 
     shares = normalize_generator_weights({"next-token": 1.0, "flow": 1.0})                  # each 0.5
     heads = new_generators(model, shares, {"kl": "runs/kl/model"}, {"flow": FlowConfig(layers=2)})
 
-It does not depend on which generators there are."""
+Does not depend on: which generators there are.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -23,25 +24,46 @@ from unigen.model.unified import UnifiedModel
 from unigen.tokenizers import load_image_tokenizer, text
 from unigen.training.peers import main_process_first
 
+if TYPE_CHECKING:
+    from unigen.generators.base import Generator
+
 
 def normalize_generator_weights(weights: Mapping[str, float]) -> dict[str, float]:
-    """The share of each generator that is learnt, in all 1. ValueError for an unknown name, a share below 0, or where
-    next-token, as which all pictures are read, has none."""
+    """Normalize the shares of generators in a mixture.
+
+    Args:
+        weights: share of each generator by name, at least 0; that of next-token, as which pictures are read, above 0.
+
+    Returns:
+        Shares with a sum of 1, next-token first; generators with a share of 0 are left out.
+
+    Raises:
+        ValueError: a name is unknown, a share is below 0, or next-token has none.
+    """
     for name in weights:
         generators.find_generator(name)
     if min(weights.values(), default=0) < 0 or weights.get("next-token", 0) <= 0:
         raise ValueError("generators are shares of at least 0, and that of next-token, as which all are read, above 0")
-    ordered = sorted(weights.items(), key=lambda item: (item[0] != "next-token", item[0]))  # however they were given
+    # the order does not depend on that of `weights`
+    ordered = sorted(weights.items(), key=lambda item: (item[0] != "next-token", item[0]))
     return {name: share / sum(weights.values()) for name, share in ordered if share > 0}
 
 
 def load_or_train_text_tokenizer(folder: Path, lines: Iterable[str], vocab_size: int, specials: tuple[str, ...]) -> Any:
-    """The Hugging Face tokenizer in a folder, trained into it where there is none, by the main process of a run.
+    """Load the Hugging Face tokenizer of a folder. Where there is none, the main process of the run trains it first.
 
     Args:
-        lines: what it is trained on.
+        folder: of the tokenizer.
+        lines: text that it is trained on.
         vocab_size: the most tokens of text.
-        specials: symbols that are never split."""
+        specials: symbols that are never split.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        ValueError: the tokenizer cannot be trained or loaded; in one line.
+    """
     with main_process_first():
         if not (folder / "tokenizer.json").exists():
             print(f"{folder}: training a text tokenizer", flush=True)
@@ -55,14 +77,24 @@ def new_generators(
     generator_weights: Mapping[str, float],
     tokenizer_folders: Mapping[str, str | None],
     generator_configs: Mapping[str, Any],
-) -> list[Any]:
-    """The generators to be learnt that have weights of their own and are not in the model yet, untrained.
+) -> list[Generator]:
+    """Build the generators of a mixture that have weights of their own and are not in the model yet.
 
-    folders: of image tokenizers, by kind; settings: configurations (dataclasses) by generator. ValueError for a folder
-    that is missing or not used, and for settings other than those of a generator that is there already.
+    Args:
+        model: the model to be trained.
+        generator_weights: share of each generator by name, as `normalize_generator_weights` returns them.
+        tokenizer_folders: folders of image tokenizers by kind; None for those that are not needed.
+        generator_configs: configurations (dataclasses) by generator; None or missing: the default.
+
+    Returns:
+        The generators, untrained.
+
+    Raises:
+        ValueError: a folder is missing or not used, or a configuration differs from that of a generator that the model
+            already has.
     """
     context = assembly.build_context(model.backbone.lm, model.text_tokenizer, model.image_tokenizer)
-    heads: list[Any] = []
+    heads: list[Generator] = []
     for name in generator_weights:
         generator, config = generators.find_generator(name), generator_configs.get(name)
         if name in model.heads:

@@ -1,7 +1,7 @@
-"""What the launcher of a run asks for, as it stands in the environment, and what of it the Trainer does.
+"""The settings of a launcher, read from the environment, and checks that the Trainer can follow them.
 
-The Trainer runs in one process or data parallel. A launcher that asks for more is refused, since accelerate would leave
-it out without a word where it finds no GPU. Standard library only, so that a run is refused before anything is loaded.
+The Trainer runs in one process or data parallel. A launcher that asks for more is refused, since accelerate would
+silently ignore it where it finds no GPU. Standard library only, so that a run is refused before anything is loaded.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ _UNSUPPORTED_PLUGINS = {
     "MEGATRON_LM": ("--use_megatron_lm", "MEGATRON_LM_"),
     "PARALLELISM_CONFIG": ("--use_parallelism_config", "PARALLELISM_CONFIG_"),
 }
-"""Kinds of parallel training that `accelerate launch` offers: the option, and how variables of their settings begin."""
+"""Kinds of parallel training that `accelerate launch` offers: the option, and the prefix of its variables."""
 
 _RANK_VARIABLES = "RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"
 _WORLD_SIZE_VARIABLES = "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"
-"""Variables of torchrun, and of those launchers of MPI that accelerate reads, too."""
+"""Variables of torchrun, and of the MPI launchers that accelerate supports."""
 
 _TRUE = "y", "yes", "t", "true", "on", "1"
-_SET_BY_LIBRARIES = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # transformers sets it beside a plain run, too
+_SET_BY_LIBRARIES = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # transformers sets it in a plain run, too
 
 
 def check_launcher(environment: Mapping[str, str] = os.environ) -> None:
-    """Refuse what a launcher asks for and the Trainer would leave out.
+    """Refuse settings of a launcher that the Trainer would ignore.
 
     Args:
         environment: variables by name.
 
     Raises:
-        ValueError: FSDP, DeepSpeed, Megatron-LM or another plan of parallelism, accumulated or clipped gradients, or a
-            compiler is asked for; or several processes by a launcher that leaves out how they find each other; in one
-            line.
+        ValueError: the launcher asks for FSDP, DeepSpeed, Megatron-LM or another plan of parallelism, for accumulated
+            or clipped gradients, or for a compiler; or it starts several processes and does not say how they find each
+            other; in one line.
     """
     if launch_info(environment).world_size > 1 and not environment.get("MASTER_ADDR"):
         raise ValueError(
@@ -64,16 +64,19 @@ class LaunchInfo(NamedTuple):
     """The place of this process in its run."""
 
     rank: int
-    """From 0 on; rank 0 is the main process."""
+    """Index of the process, from 0 on; rank 0 is the main process."""
     world_size: int
-    """Processes of the run."""
+    """Number of processes of the run."""
 
 
 def launch_info(environment: Mapping[str, str] = os.environ) -> LaunchInfo:
-    """What torchrun, `accelerate launch` or mpirun says of this process; rank 0 of 1 where there is no launcher.
+    """Read the place of this process in its run from the variables of torchrun, `accelerate launch` or mpirun.
 
     Args:
         environment: variables by name.
+
+    Returns:
+        Rank and number of processes; rank 0 of 1 where there is no launcher.
 
     Raises:
         ValueError: one of the variables is no whole number; in one line.
@@ -84,7 +87,7 @@ def launch_info(environment: Mapping[str, str] = os.environ) -> LaunchInfo:
 
 
 def _first_number(names: Sequence[str], environment: Mapping[str, str], default: int) -> int:
-    """The number of the first variable that is set, and not below 0."""
+    """Return the number of the first variable that is set and not below 0, else `default`."""
     for name in names:
         text = environment.get(name, "").strip()
         try:

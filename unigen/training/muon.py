@@ -8,6 +8,7 @@ It orthogonalises in bfloat16; where a device is slow in that, `Muon` does so in
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,15 +19,21 @@ from unigen.utils.precision import has_fast_bfloat16
 
 
 class Muon(torch.optim.Muon):
-    """`torch.optim.Muon`, with the learning rate scaled to AdamW's, in float32 for matrices on a device that is slow in
-    bfloat16."""
+    """`torch.optim.Muon` with the learning rate scaled to AdamW's. It works in float32 on a device slow in bfloat16.
+
+    Args:
+        matrices: the parameters, each with two dimensions.
+        lr: learning rate, as of AdamW.
+        weight_decay: decoupled weight decay.
+    """
 
     def __init__(self, matrices: list[nn.Parameter], lr: float, weight_decay: float) -> None:
         super().__init__(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
         self.use_bfloat16 = all(has_fast_bfloat16(p.device) for p in matrices)
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Do one step. closure: as in torch; it must be None on a device that is slow in bfloat16."""
         if self.use_bfloat16:
             return super().step(closure)
         assert closure is None
@@ -45,8 +52,19 @@ class Muon(torch.optim.Muon):
 
 
 def orthogonalize(x_OI: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """Nearly U V^T of x = U S V^T, in the precision of x: `steps` times x <- a x + b (x x^T) x + c (x x^T)^2 x, which
-    takes every singular value in (0, 1] to about 1 (Newton-Schulz; Jordan et al. 2024)."""
+    """Approximate U V^T of x = U S V^T by a Newton-Schulz iteration (Jordan et al. 2024).
+
+        x <- a x + b (x x^T) x + c (x x^T)^2 x     takes every singular value in (0, 1] to about 1
+
+    Args:
+        x_OI: a matrix (O, I).
+        coefficients: a, b, c.
+        steps: number of iterations.
+        eps: smallest norm that x is divided by before.
+
+    Returns:
+        A matrix (O, I), in the precision of x.
+    """
     a, b, c = coefficients
     is_wide = x_OI.shape[0] <= x_OI.shape[1]
     x = x_OI if is_wide else x_OI.T
@@ -58,9 +76,14 @@ def orthogonalize(x_OI: Tensor, coefficients: tuple[float, float, float], steps:
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Steps two optimizers as one; its groups and state are theirs.
+    """Muon and AdamW as one optimizer, with the groups and the state of both.
 
-    A module's `io_layers`, where it has them, are its layers next to what goes in and comes out: AdamW steps those.
+    AdamW steps what is no matrix of a linear layer, and the layers that a module names in `io_layers`: those next to
+    its inputs and outputs.
+
+    Args:
+        model: whose parameters are trained; frozen ones are left out.
+        optim: learning rate, weight decay (of Muon's matrices), betas and epsilon (of AdamW).
     """
 
     def __init__(self, model: nn.Module, optim: OptimConfig) -> None:
@@ -95,15 +118,18 @@ class MuonAdamW(torch.optim.Optimizer):
         super().__init__([{"params": part} for part in (matrices, adamw_params) if part], {"lr": optim.lr})
         self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Step both optimizers. closure: must be None."""
         assert closure is None
         for optimizer in self.optimizers:
             optimizer.step()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
+        """Return the states of both optimizers."""
         return {"parts": [optimizer.state_dict() for optimizer in self.optimizers]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
         for optimizer, state in zip(self.optimizers, state_dict["parts"], strict=True):
             optimizer.load_state_dict(state)
         self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]

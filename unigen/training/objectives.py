@@ -1,4 +1,4 @@
-"""Objectives of unified models: what the trainer calls to get sums and counts. They know losses, not how to train.
+"""Objectives of unified models, which the Trainer calls for sums and counts. Do not depend on: how models are trained.
 
 Shapes: B rows, L positions, D width, T targets, V ids.
 """
@@ -6,7 +6,6 @@ Shapes: B rows, L positions, D width, T targets, V ids.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,16 +17,17 @@ from unigen.model.unified import UnifiedModel
 
 
 class MultiGeneratorLoss(nn.Module):
-    """The losses of a model's generators on packed documents, each a sum over its own targets with their count: nats,
-    and for a flow squared errors.
+    """The losses of a model's generators on packed documents.
 
-    loss = sum_g weights[g] * sum_g / count_g, so that a mixture's few text targets are not drowned by its many codes.
-    A generator that writes nothing in a batch has no loss there.
+        loss = sum_g weights[g] * sum_g / count_g
 
-    With `teacher`, a model that text and next-token are not to move from, their losses are no longer - log p of the
-    data but sum_v q(v) log (q(v) / p(v)), q the teacher's prediction, as in Learning without Forgetting (Li and Hoiem
-    2016, arXiv 1606.09282): a model learns new ways of writing and keeps what comparisons or sharper data had made of
-    the old.
+    Each generator g has a sum over its targets, in nats, or squared errors for a flow, and their count. So the few
+    text targets of a mixture are not drowned by its many codes. A generator without targets in a batch has no loss
+    there.
+
+    With a teacher the losses of text and next-token are sum_v q(v) log (q(v) / p(v)) instead of - log p of the data,
+    with q the teacher's prediction, as in Learning without Forgetting (Li and Hoiem 2016, arXiv 1606.09282): the model
+    learns new generators and keeps what preferences or better data had made of the old ones.
     """
 
     def __init__(
@@ -38,16 +38,27 @@ class MultiGeneratorLoss(nn.Module):
     ) -> None:
         """
         Args:
-            generators: those of the model.
-            weights: of the ones that learn, by name; None: all of them, each 1.
-            teacher: its parameters are frozen.
+            generators: those of the model, by name.
+            weights: factor of each loss that is trained, by name; None: all of them, each 1.
+            teacher: a model whose predictions of text and next-token are kept; its parameters are frozen. None: the
+                data are the targets.
         """
         super().__init__()
         self.weights = dict.fromkeys(generators, 1.0) if weights is None else dict(weights)
         self.generators = {name: generators[name] for name in self.weights}
         self.teacher = teacher if teacher is None else teacher.requires_grad_(False).eval()
 
-    def forward(self, model: Any, batch: Batch, rng: torch.Generator) -> dict[str, tuple[Tensor, Tensor | int]]:
+    def forward(self, model: nn.Module, batch: Batch, rng: torch.Generator) -> dict[str, tuple[Tensor, Tensor | int]]:
+        """Compute the losses of a batch.
+
+        Args:
+            model: a `UnifiedModel`.
+            batch: packed documents, on the model's device.
+            rng: draws masks, noise and times, on the CPU.
+
+        Returns:
+            Name -> (sum, count), with "metric/tokens".
+        """
         assert isinstance(model, UnifiedModel)
         batch = model.insert_image_ids(batch)
         spans: list[InputSpan] = []
@@ -72,7 +83,15 @@ class MultiGeneratorLoss(nn.Module):
         return losses
 
     def counts(self, batch: Batch, rng: torch.Generator) -> dict[str, Tensor | int]:
-        """How many targets each loss has: known from the packed batch, before its images are encoded."""
+        """Count the targets of each loss, without running the model and before images are encoded.
+
+        Args:
+            batch: packed documents.
+            rng: not used.
+
+        Returns:
+            Name -> count.
+        """
         return {"metric/tokens": 1} | {name: g.num_targets(batch) for name, g in self.generators.items()}
 
 
@@ -84,15 +103,18 @@ def kl_from_teacher(
     target_BL: Tensor,
     vocab_slice: slice,
 ) -> Tensor:
-    """Sum of sum_v q(v) (log q(v) - log p(v)) in nats over the ids marked in `target_BL`.
+    """Sum the divergence from a teacher, sum_v q(v) (log q(v) - log p(v)), over targets.
 
     Args:
-        teacher: whose prediction is q.
+        teacher: the model whose prediction is q.
         teacher_hidden_BLD: its hidden states of the batch.
-        model: whose prediction is p.
+        model: the model whose prediction is p.
         hidden_BLD: its hidden states of the batch.
-        target_BL: which ids are predicted, each from the position before it.
+        target_BL: which ids are predicted, each from the position before it; bool.
         vocab_slice: the ids v.
+
+    Returns:
+        The sum in nats, a scalar.
     """
     rows, positions = target_BL.nonzero(as_tuple=True)
     with torch.no_grad():

@@ -12,10 +12,10 @@ from unigen.config import OptimConfig
 
 
 def lr_factor(optim: OptimConfig, step: int, progress: float) -> float:
-    """The factor on the learning rate at a step: a linear warm-up times a decay from 1 to `min_lr_ratio`.
+    """Return the factor of the learning rate at a step: a linear warm-up times a decay from 1 to `min_lr_ratio`.
 
     Args:
-        optim: warm-up in steps, the shape of the decay, and its end.
+        optim: warm-up in steps, shape and end of the decay.
         step: index of the step, from 0 on.
         progress: the share of the run that is done, in [0, 1].
 
@@ -38,7 +38,7 @@ def adamw(
     Args:
         model: owns the parameters.
         optim: learning rate, betas, epsilon, weight decay.
-        parameters: those to be trained; None: all of the model. Frozen ones are left out.
+        parameters: those that are trained; None: all of the model. Frozen ones are left out.
 
     Returns:
         A fused optimizer of one or two parameter groups.
@@ -49,10 +49,10 @@ def adamw(
     for module in model.modules():
         for p in module.parameters(recurse=False):
             if id(p) in trainable_ids:
-                vector = p.ndim < 2 or isinstance(module, nn.Embedding) or "norm" in type(module).__name__.lower()
-                (no_decay if vector else decay)[id(p)] = p
-    for shared in no_decay.keys() & decay.keys():  # tied weights count as embeddings
-        del decay[shared]
+                is_vector = p.ndim < 2 or isinstance(module, nn.Embedding) or "norm" in type(module).__name__.lower()
+                (no_decay if is_vector else decay)[id(p)] = p
+    for shared_id in no_decay.keys() & decay.keys():  # tied weights count as embeddings
+        del decay[shared_id]
     assert trainable_ids == no_decay.keys() | decay.keys(), "an objective's parameters must belong to the model"
     groups = [
         {"params": list(decay.values()), "weight_decay": optim.weight_decay},

@@ -1,7 +1,7 @@
-"""The processes of one run: where one of them ends, the others end too, with the reason.
+"""The processes of one run: when one of them ends, the others end too, with the reason.
 
-A collective fails when its peer is gone, but a step may take minutes until the next one. So each process looks after
-those of its machine. Does not depend on what is trained.
+A collective fails when its peer is gone, but the next one may be minutes away. So each process watches those on its
+machine. Does not depend on: what is trained.
 
     with watch_peers(lambda: "the same command goes on from step-00000020.pt"):
         ...
@@ -20,15 +20,16 @@ from typing import Any
 import torch
 
 GRACE_SECONDS = 2.0
-"""Seconds in which a collective may say it first."""
+"""Seconds in which a failing collective may report first that a process is gone."""
 
 
 @contextmanager
 def watch_peers(advice: Callable[[], str]) -> Iterator[None]:
-    """Inside, the end of another process of the run on this machine ends this one within seconds, with exit code 1.
+    """Inside the context, the end of another process of the run on this machine ends this one, with exit code 1.
 
     Args:
-        advice: gives what the user is to do, at the end of the line that says so."""
+        advice: returns what the user can do, the end of the line on stderr.
+    """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         yield
         return
@@ -51,13 +52,13 @@ def watch_peers(advice: Callable[[], str]) -> Iterator[None]:
 def watch_pids(
     pids: Sequence[int], on_exit: Callable[[int], None], interval: float = 0.5, grace: float = GRACE_SECONDS
 ) -> Iterator[None]:
-    """Inside, a thread watches processes, and calls back with the first that is gone.
+    """Watch processes inside the context, in a thread, and report the first that is gone.
 
     Args:
-        pids: of the processes.
-        on_exit: is called once, in the thread, with the process id.
-        interval: seconds between two looks.
-        grace: seconds for which it has to be gone.
+        pids: ids of the processes.
+        on_exit: is called once, in the thread, with the id of the process that is gone.
+        interval: seconds between two checks.
+        grace: seconds between the end of a process and the call.
     """
     done = threading.Event()
 
@@ -76,7 +77,7 @@ def watch_pids(
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process is there and has not ended (one that nobody has waited for yet has)."""
+    """Check whether a process exists and has not ended. A zombie has ended."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
         return state not in "ZX"
@@ -94,11 +95,12 @@ def is_alive(pid: int) -> bool:
 
 @contextmanager
 def main_process_first() -> Iterator[None]:
-    """Inside, the main process of a run goes first and the others wait for it: for a file that all of them read and one
-    of them makes.
+    """Let the main process of a run go first inside the context, while the others wait for it.
+
+    It is for a file that the main process makes and all of them read.
 
     Raises:
-        ValueError: in the others, where the main process failed inside, with what it said, or has ended; in one line.
+        ValueError: in the others: the main process has failed inside, with its message, or has ended; in one line.
     """
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
@@ -110,7 +112,7 @@ def main_process_first() -> Iterator[None]:
             yield
         except Exception as error:
             error_message = [" ".join(f"{error}".split()) or type(error).__name__]
-            with suppress(RuntimeError):  # a process that has ended need not be told
+            with suppress(RuntimeError):  # another process has ended: nobody waits there
                 broadcast_object_list(error_message)
             raise
     try:
@@ -128,6 +130,6 @@ def main_process_first() -> Iterator[None]:
 
 
 def is_lost_peer(error: RuntimeError) -> bool:
-    """Whether a collective failed since another process is gone, as gloo and NCCL tell it."""
+    """Check whether a collective failed because another process is gone, by the messages of gloo and NCCL."""
     signs = "connection closed by peer", "connection reset", "broken pipe", "remote process"
     return any(sign in str(error).lower() for sign in signs)

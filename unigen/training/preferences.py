@@ -1,24 +1,25 @@
-"""Preferences among answers: of two that were given to one prompt, the right one is to become likelier.
+"""Preference optimization (DPO): of two answers to one prompt, the right one is to become likelier.
 
     L = - E log sigmoid(beta [ log p(w|c) - log p_ref(w|c)  -  log p(l|c) + log p_ref(l|c) ])
 
-is DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7) with w chosen, l rejected, c the prompt and p_ref the model as
-training began. An answer is a picture or a text, and log p the sum over its ids. p is what answers are drawn from: of
-text the prediction itself, of codes what guidance and temperature make of it, softmax((u + s (c - u)) / T) with the
-unconditional branch u. Compared without guidance, both branches move, and what is drawn with it need not get better;
-yet so are pictures compared that other generators write than next-token and next-scale, by their own loss
-(`inference/scoring.py`). Beside it stand the losses of a mixture, which draw the model back towards true pictures, and
-- log p(w|c), by the id, lest both become unlikely together (as in RPO, Pang et al. 2024, arXiv 2404.19733, eq. 2).
+is DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7) with w chosen, l rejected, c the prompt and p_ref the model at
+the start of training. An answer is a picture or a text, and log p is the sum over its ids. p is the distribution that
+answers are sampled from: for text the prediction itself; for codes of next-token and next-scale the prediction after
+guidance and temperature, softmax((u + s (c - u)) / T) with the unconditional branch u. A likelihood without guidance
+would move both branches, and what is sampled with guidance need not get better. Pictures of other generators are
+nevertheless compared without it, by the generator's own loss (`inference/scoring.py`). Two more terms are added: the
+losses of a mixture, which draw the model back towards true pictures, and - log p(w|c) per id, which keeps both answers
+from becoming unlikely together (as in RPO, Pang et al. 2024, arXiv 2404.19733, eq. 2).
 
-A line of the judged file is a prompt (`Document.to_json`), its answers (`Segment.to_json`), which are right, and of
-pictures the generator that they are learnt as, next-token if none is named. Pictures are codes of the model's image
-tokenizer, those of next-scale its own codes in a row; or, of all but next-token and the like, pixels. Version 0.1 wrote
-"right" and "writer" in the place of "correct" and "generator", which are read, too:
+A line of a judged file has a prompt (`Document.to_json`), its answers (`Segment.to_json`), which of them are correct,
+and for pictures the generator that they are learnt as, next-token if none is named. Pictures are codes of the model's
+image tokenizer, or for next-scale its own codes in a row; except for next-token and the like they may be pixels. The
+keys of version 0.1, "right" for "correct" and "writer" for "generator", are read, too:
 
     {"prompt": {"segments": [{"role": "user", "text": "two apples"}]}, "generator": "masked",
      "answers": [{"role": "assistant", "image": {"codes": [[5, 7, ..], ..]}}, ..], "correct": [true, ..]}
 
-Does not depend on who gave the answers and who judged them. Shapes: P pairs.
+Does not depend on: who gave the answers, who judged them. Shapes: P pairs.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -41,6 +42,9 @@ from unigen.inference.scoring import has_guided_likelihood, log_likelihood
 from unigen.model.unified import UnifiedModel
 from unigen.samplers.guidance import Guidance
 from unigen.training.objectives import MultiGeneratorLoss
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsGetItem
 
 
 @dataclass
@@ -76,29 +80,29 @@ class PreferenceConfig:
 
 
 NativeCodeShapes = Mapping[str, tuple[int, int]]
-"""Of generators with codes of their own: how many an image has, and how many there are."""
+"""For generators with codes of their own, by name: codes of an image, and size of the codebook."""
 
 
 class JudgedAnswers(NamedTuple):
     """The chats of one prompt, each with one answer."""
 
     correct: list[Document]
-    """Those whose answer is right."""
+    """Chats whose answer is right."""
     incorrect: list[Document]
-    """Those whose answer is wrong."""
+    """Chats whose answer is wrong."""
     generator: str
-    """That answers which are images are learnt as."""
+    """Name of the generator that answers which are images are learnt as."""
 
 
 class PreferencePair(NamedTuple):
     """Two chats that differ in their last segment."""
 
     chosen: Document
-    """The one whose answer is right."""
+    """The chat whose answer is right."""
     rejected: Document
-    """The other one."""
+    """The chat whose answer is wrong."""
     generator: str = "next-token"
-    """That answers which are images are learnt as."""
+    """Name of the generator that answers which are images are learnt as."""
 
 
 def read_pairs(
@@ -108,11 +112,21 @@ def read_pairs(
     codes: int,
     native_codes: NativeCodeShapes | None = None,
 ) -> list[PreferencePair]:
-    """Pairs of a right and a wrong answer to one prompt, in random order; each answer is used at most once.
+    """Read pairs of a right and a wrong answer to one prompt. Each answer is used at most once.
 
-    grid, codes: rows and columns of a picture, and how many codes there are; own: of generators with codes of their
-    own, how many a picture has, and how many there are. Raises ValueError for a file that cannot be read, whose
-    pictures are of another tokenizer, or without a prompt that has both."""
+    Args:
+        files: of judged answers.
+        seed: of the order of the pairs, and of which answers make a pair.
+        grid: rows and columns of codes of a picture.
+        codes: size of the codebook.
+        native_codes: the same for generators with codes of their own.
+
+    Returns:
+        The pairs in random order.
+
+    Raises:
+        ValueError: a file cannot be read, its pictures are of another tokenizer, or none of its prompts has both.
+    """
     rng = np.random.default_rng(seed)
     pairs: list[PreferencePair] = []
     for file in files:
@@ -128,7 +142,20 @@ def read_pairs(
 def read_judged_answers(
     file: str | Path, grid: tuple[int, int], codes: int, native_codes: NativeCodeShapes | None = None
 ) -> Iterator[JudgedAnswers]:
-    """What each line of a judged file holds. ValueError as in `read_pairs`."""
+    """Read a judged file line by line.
+
+    Args:
+        file: of judged answers.
+        grid: rows and columns of codes of a picture.
+        codes: size of the codebook.
+        native_codes: the same for generators with codes of their own.
+
+    Yields:
+        The answers of each line.
+
+    Raises:
+        ValueError: the file cannot be read, or its pictures are of another tokenizer; with the line.
+    """
     line_number = 0
     try:
         with open(file, encoding="utf-8") as lines:
@@ -150,8 +177,8 @@ def _parse_judged_line(line: str, grid: tuple[int, int], codes: int, native_code
         raise ValueError("each answer is right or not")
     if any(answer.role != "assistant" for answer in answers):
         raise ValueError("the assistant answers")
-    named = record.get("generator", record.get("writer", "next-token"))
-    generator = generators.find_generator(named).name
+    generator_name = record.get("generator", record.get("writer", "next-token"))
+    generator = generators.find_generator(generator_name).name
     pictures = [s.image for s in [*prompt, *answers] if s.image is not None]
     if len({picture.ndim if isinstance(picture, Tensor) else 0 for picture in pictures}) > 1:
         raise ValueError(
@@ -172,25 +199,42 @@ def _parse_judged_line(line: str, grid: tuple[int, int], codes: int, native_code
 
 
 class PairBatch(NamedTuple):
-    """A pair's two chats as ids, or those of many pairs packed alike; and both for the second branch of guidance, which
-    for texts is the first."""
+    """The two chats of a pair as ids (`Tokens`), or those of many pairs, packed in one order (`Batch`)."""
 
     chosen: Any
+    """The chat whose answer is right."""
     rejected: Any
+    """The chat whose answer is wrong."""
     uncond_chosen: Any
+    """`chosen` for the unconditional branch of guidance; for a text the same as `chosen`."""
     uncond_rejected: Any
+    """`rejected` for the unconditional branch."""
 
 
 class PreferenceDataset:
-    """Item i: row i of a mixture, and beside it rows of pairs of each kind: pictures in the model's codes and texts,
-    pixels, a generator's own codes; a pair comes again only when all of its kind have come.
+    """Item i is row i of a mixture, and beside it rows of pairs of each kind.
 
-    encode: a document as ids, with or without its condition. length: positions of a row, which holds either side of its
-    pairs. rows: of pairs, of each kind, in an item. `pairs`: rows of pairs in all, by kind.
+    The kinds are: pictures in the model's codes and texts, pixels, a generator's own codes. A pair comes again only
+    when all of its kind have come. `pair_rows` has the rows of pairs by kind.
+
+    Args:
+        dataset: the mixture.
+        pairs: the pairs.
+        encode: encodes a document as ids, with or without its condition.
+        length: positions of a row, which holds either side of its pairs.
+        rows: rows of pairs of each kind in an item.
+
+    Raises:
+        ValueError: an answer is longer than a row.
     """
 
     def __init__(
-        self, dataset: Any, pairs: Sequence[PreferencePair], encode: Callable[..., Tokens], length: int, rows: int
+        self,
+        dataset: SupportsGetItem[int, object],
+        pairs: Sequence[PreferencePair],
+        encode: Callable[..., Tokens],
+        length: int,
+        rows: int,
     ) -> None:
         self.dataset, self.rows = dataset, rows
         kinds: dict[str, list[PreferencePair]] = {}
@@ -198,12 +242,13 @@ class PreferenceDataset:
             kinds.setdefault(_pair_kind(pair), []).append(pair)
         self.pair_rows = [_pack_pairs(kinds[name], encode, length) for name in sorted(kinds)]
 
-    def __getitem__(self, index: int) -> tuple[Any, list[list[list[PairBatch]]]]:
+    def __getitem__(self, index: int) -> tuple[object, list[list[list[PairBatch]]]]:
         row_indices = range(index * self.rows, (index + 1) * self.rows)
         return self.dataset[index], [[rows[k % len(rows)] for k in row_indices] for rows in self.pair_rows]
 
 
 def _pack_pairs(pairs: Sequence[PreferencePair], encode: Callable[..., Tokens], length: int) -> list[list[PairBatch]]:
+    """Put pairs into rows of `length` positions, in their order."""
     rows: list[list[PairBatch]] = []
     free_length = 0
     for pair in pairs:
@@ -222,7 +267,7 @@ def _pack_pairs(pairs: Sequence[PreferencePair], encode: Callable[..., Tokens], 
 
 
 def _pair_kind(pair: PreferencePair) -> str:
-    """Pictures of one kind make one batch."""
+    """Return the kind of a pair; pairs of one kind make one batch."""
     pictures = [picture for chat in pair[:2] for picture in chat.images()]
     codes = [picture for picture in pictures if isinstance(picture, Tensor)]
     if len(codes) < len(pictures):
@@ -235,26 +280,44 @@ class PreferenceBatch:
     """Packed documents, and packed pairs beside them."""
 
     documents: Batch
-    """Of the mixture."""
+    """Rows of the mixture."""
     pairs_by_kind: list[PairBatch]
     """The pairs of each kind: pair k is document k of each side."""
 
     def to(self, device: torch.device | str) -> PreferenceBatch:
+        """Move the tensors to a device."""
         return PreferenceBatch(
             self.documents.to(device), [PairBatch(*(side.to(device) for side in kind)) for kind in self.pairs_by_kind]
         )
 
     def pin_memory(self) -> PreferenceBatch:
+        """Copy the tensors to memory from which a GPU copies."""
         return PreferenceBatch(
             self.documents.pin_memory(), [PairBatch(*(s.pin_memory() for s in kind)) for kind in self.pairs_by_kind]
         )
 
 
 class PreferenceCollator:
+    """Makes batches of the items of a `PreferenceDataset`.
+
+    Args:
+        collate: makes a batch of rows of the mixture.
+        length: positions of a row.
+        image_size: pixels along a side of pictures.
+    """
+
     def __init__(self, collate: Callable[[list[Any]], Batch], length: int, image_size: int) -> None:
         self.collate, self.length, self.image_size = collate, length, image_size
 
-    def __call__(self, items: list[tuple[Any, list[list[list[PairBatch]]]]]) -> PreferenceBatch:
+    def __call__(self, items: list[tuple[object, list[list[list[PairBatch]]]]]) -> PreferenceBatch:
+        """Pack items.
+
+        Args:
+            items: rows of the mixture, each with rows of pairs by kind.
+
+        Returns:
+            The batch, on the CPU.
+        """
         kinds = [[row for rows in kind for row in rows] for kind in zip(*(kinds for _, kinds in items), strict=True)]
         return PreferenceBatch(self.collate([row for row, _ in items]), [self._pack(rows) for rows in kinds])
 
@@ -264,8 +327,16 @@ class PreferenceCollator:
 
 
 class DPOObjective(nn.Module):
-    """The losses of a mixture, and those of pairs: "preference", and "chosen", - log p of the chosen answers in nats an
-    id. metric/accuracy: the share of pairs whose chosen answer has gained on the rejected one."""
+    """The losses of a mixture and of pairs.
+
+    "preference" is the loss of DPO; "chosen" is - log p of the chosen answers, in nats per id; "metric/accuracy" is the
+    share of pairs whose chosen answer has gained on the rejected one.
+
+    Args:
+        base_loss: the losses of the mixture.
+        reference: the model at the start of training; it is frozen.
+        config: beta, weights, guidance and temperature.
+    """
 
     def __init__(self, base_loss: MultiGeneratorLoss, reference: UnifiedModel, config: PreferenceConfig) -> None:
         super().__init__()
@@ -275,8 +346,18 @@ class DPOObjective(nn.Module):
         self.weights = base_loss.weights | {"preference": config.weight, "chosen": config.nll_weight}
 
     def forward(
-        self, model: Any, batch: PreferenceBatch, rng: torch.Generator
+        self, model: UnifiedModel, batch: PreferenceBatch, rng: torch.Generator
     ) -> dict[str, tuple[Tensor, Tensor | int]]:
+        """Compute the losses of a batch.
+
+        Args:
+            model: the model that is trained.
+            batch: on the model's device.
+            rng: draws masks, noise and times, on the CPU.
+
+        Returns:
+            Name -> (sum, count).
+        """
         losses = self.base_loss(model, batch.documents, rng)
         likelihoods = [self._likelihoods(model, kind, rng) for kind in batch.pairs_by_kind]
         chosen_P, margin_P = (torch.cat(parts) for parts in zip(*likelihoods, strict=True))
@@ -289,14 +370,23 @@ class DPOObjective(nn.Module):
         return losses
 
     def counts(self, batch: PreferenceBatch, rng: torch.Generator) -> dict[str, Tensor | int]:
+        """Count the targets of each loss, without running the model.
+
+        Args:
+            batch: the batch.
+            rng: not used.
+
+        Returns:
+            Name -> count.
+        """
         return self.base_loss.counts(batch.documents, rng) | self._counts(batch)
 
-    def _likelihoods(self, model: Any, pairs: PairBatch, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        """log p of each pair's chosen answer (P,), and what this has gained on the reference more than the rejected."""
+    def _likelihoods(self, model: UnifiedModel, pairs: PairBatch, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return log p of the chosen answers (P,), and the margins (P,), as in the module's equation without beta."""
         state = rng.get_state()
 
-        def log_p(model: Any, side: Batch, uncond: Batch) -> Tensor:
-            rng.set_state(state)  # all are asked the same, under one mask, one noise, one time
+        def log_p(model: UnifiedModel, side: Batch, uncond: Batch) -> Tensor:
+            rng.set_state(state)  # the same masks, noise and times for both answers and both models
             uncond_batch = model.insert_image_ids(uncond) if has_guided_likelihood(model, side) else None
             return log_likelihood(
                 model, model.insert_image_ids(side), uncond_batch, self.guidance, self.temperature, rng
@@ -313,5 +403,5 @@ class DPOObjective(nn.Module):
         count = sum(int(side.segments_BL.amax(1).sum()) for side in chosen)
         empty = torch.stack([(side.spans_N3[:, 1] == side.spans_N3[:, 2]).sum() for side in chosen]).sum()
         ids = torch.stack([side.loss_BL.sum() for side in chosen]).sum()
-        codes = math.prod(self.reference.image_tokenizer.grid)  # as which a picture without positions counts
+        codes = math.prod(self.reference.image_tokenizer.grid)  # the count of a picture without positions
         return {"preference": count, "chosen": ids + codes * empty, "metric/accuracy": count}

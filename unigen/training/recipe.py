@@ -1,9 +1,9 @@
-"""A recipe file: what it needs is looked for before anything heavy is imported, then it is built and trained.
+"""Running a recipe file: its inputs are checked before anything heavy is imported, then it is built and trained.
 
     run_recipe("recipes/tiny.py", ["steps=100", "optim.lr=1e-4"])
 
-A recipe is a Python file with config(), which gives a RunConfig, and build(cfg), which gives a TrainSpec. It may say
-which of its fields name files or folders that something else makes, and by which command, in a plain table:
+A recipe is a Python file with config(), which returns a RunConfig, and build(cfg), which returns a TrainSpec. A plain
+table may name the fields whose values are files or folders that another command makes, with that command:
 
     INPUTS = {"image_tokenizer": "unigen train recipes/tiny_vq.py run_dir=runs/vq"}
     INPUTS_OPTIONAL_WITH = ("init_from", "generators")    # an override of one of these: the defaults may be missing
@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from unigen.config import OptimConfig, RunConfig, apply_overrides, renamed_keys
 from unigen.training.launcher import check_launcher, launch_info
@@ -30,11 +30,20 @@ from unigen.utils.extras import require_extra
 T = TypeVar("T")
 
 
-def run_recipe(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Load the recipe file at `path`, apply `key=value` overrides strictly, build and train.
+def run_recipe(path: str, overrides: Sequence[str] = ()) -> dict[str, float]:
+    """Load a recipe file, apply overrides, build and train.
 
-    Returns: the final metrics, as `Trainer.run`. Raises ValueError in one line for a file that is no recipe, an input
-    that is not there, a wrong override, and what `Trainer.run` raises it for."""
+    Args:
+        path: of the recipe file.
+        overrides: `key=value` texts; an unknown key is an error.
+
+    Returns:
+        The final metrics, as `Trainer.run`.
+
+    Raises:
+        ValueError: the file is no recipe, an input is not there, an override is wrong, or `Trainer.run` raises it; in
+            one line.
+    """
     file = Path(path)
     if not os.path.isfile(file):
         raise ValueError(f"no recipe at {path}: give the path of a Python file with config() and build(cfg)")
@@ -54,9 +63,9 @@ def run_recipe(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     sys.modules[name] = module  # so that the recipe's dataclasses and classes resolve, also in workers
     with progress.status(f"loading {path}") if main else nullcontext():
         spec.loader.exec_module(module)
-    for needed in ("config", "build"):
-        if not callable(getattr(module, needed, None)):
-            raise ValueError(f"the recipe {path} has no function {needed}(); it needs config() and build(cfg)")
+    for function in ("config", "build"):
+        if not callable(getattr(module, function, None)):
+            raise ValueError(f"the recipe {path} has no function {function}(); it needs config() and build(cfg)")
     cfg = apply_overrides(_call_checked(path, "config()", RunConfig, module.config), overrides)
 
     from unigen.training.checkpoint import lock_run
@@ -74,11 +83,11 @@ ARGUMENT_RENAMES = {
     "RunConfig": renamed_keys(RunConfig),
     "OptimConfig": renamed_keys(OptimConfig),
 }
-"""Arguments that recipes gave in version 0.1, and their names now, by class."""
+"""Names of arguments in version 0.1, and their names now, by class."""
 
 
 def _call_checked(path: str, call: str, kind: type[T], function: Callable[..., object], *arguments: object) -> T:
-    """What a function of the recipe at `path` returns. ValueError where it is not of the kind."""
+    """Call a function of the recipe at `path`. ValueError where its result is not of the kind."""
     try:
         result = function(*arguments)
     except TypeError as error:
@@ -93,14 +102,14 @@ def _call_checked(path: str, call: str, kind: type[T], function: Callable[..., o
 
 
 def check_inputs(path: str, tree: ast.Module, overrides: Sequence[str]) -> None:
-    """Check the INPUTS of a recipe, from its text, before its imports.
+    """Check the INPUTS of a recipe, read from its text, before it is imported.
 
-    What no override gives is the field's default, which need not be there where an override gives one of the keys in
-    INPUTS_OPTIONAL_WITH: `build` says what is missing then.
+    A field without an override has its default. A default may be missing where an override has one of the keys in
+    INPUTS_OPTIONAL_WITH: `build` reports then what is missing.
 
     Args:
         path: of the recipe, for messages.
-        tree: of the recipe.
+        tree: the parsed recipe.
         overrides: `key=value` texts.
 
     Raises:
@@ -117,12 +126,12 @@ def check_inputs(path: str, tree: ast.Module, overrides: Sequence[str]) -> None:
     for key, command in _inputs(path, tree).items():
         value = overrides_by_key.get(key, "none" if has_alternative else _default(tree, key))
         paths = [value] if os.path.exists(value) else value.split(",")
-        for given_path in paths if value.lower() not in ("none", "null", "") else ():
-            check_input(given_path, command, f"{key}=")
+        for input_path in paths if value.lower() not in ("none", "null", "") else ():
+            check_input(input_path, command, f"{key}=")
 
 
 def _inputs(path: str, tree: ast.Module) -> dict[str, str]:
-    """INPUTS of the recipe at `path`; {} where it has none. ValueError where it is no plain table of texts."""
+    """Return INPUTS of the recipe at `path`; {} where it has none. ValueError where it is no plain table of texts."""
     line, inputs = _constant(tree, "INPUTS", {})
     if not isinstance(inputs, dict) or not all(isinstance(text, str) for pair in inputs.items() for text in pair):
         raise ValueError(
@@ -133,8 +142,10 @@ def _inputs(path: str, tree: ast.Module) -> dict[str, str]:
 
 
 def _constant(tree: ast.Module, name: str, default: object) -> tuple[int, object]:
-    """Line and value of a constant of a recipe, read from its text: None where it is no literal, `default` where it is
-    missing."""
+    """Return line and value of a constant, read from the text of a recipe.
+
+    The value is None where it is no literal, and `default` where the constant is missing.
+    """
     for node in tree.body:
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         value = node.value if isinstance(node, (ast.Assign, ast.AnnAssign)) else None
@@ -148,7 +159,7 @@ def _constant(tree: ast.Module, name: str, default: object) -> tuple[int, object
 
 
 def _renamed_fields(tree: ast.Module) -> dict[str, str]:
-    """Old and new names of fields: RENAMED of the recipe's classes, read from its text."""
+    """Return old and new names of fields: RENAMED of the recipe's classes, read from its text."""
     renamed: dict[str, str] = {}
     for node in (inner for outer in tree.body if isinstance(outer, ast.ClassDef) for inner in outer.body):
         if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "RENAMED" and node.value is not None:
@@ -158,7 +169,7 @@ def _renamed_fields(tree: ast.Module) -> dict[str, str]:
 
 
 def _default(tree: ast.Module, field: str) -> str:
-    """The text that a dataclass of the file has as its field's default; "none" where it has none."""
+    """Return the default of a field in a dataclass of the recipe, where it is a text, else "none"."""
     for node in ast.walk(tree):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == field:
             if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):

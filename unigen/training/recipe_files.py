@@ -1,7 +1,6 @@
-"""Finding recipes: by the path of a file, or by the name of one that the package ships.
+"""Finding recipes by the path of a file, or by the name of a shipped recipe. Nothing here imports or runs one.
 
-In a checkout the shipped recipes lie in `recipes/`; in an installed package, in `unigen/recipes/`. Nothing here imports
-or runs one.
+In a checkout the shipped recipes are in `recipes/`; in an installed package, in `unigen/recipes/`.
 
     find_recipe("tiny")                       # .../recipes/tiny.py
     find_recipe("my/own.py")                  # my/own.py
@@ -17,11 +16,11 @@ from unigen.utils.text import did_you_mean
 
 PACKAGE_ROOT = Path(__file__).parents[1]
 RENAMED = {"adapter": "connector"}
-"""Shipped recipes of version 0.1 whose name has changed."""
+"""Names of shipped recipes in version 0.1, and their names now."""
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """The recipes of the package, by name: the Python files there that define `config` and `build`."""
+    """Return the files of the shipped recipes by name: the Python files that define `config` and `build`."""
     installed = PACKAGE_ROOT / "recipes"
     folder = installed if installed.is_dir() else PACKAGE_ROOT.parent / "recipes"
     recipes: dict[str, Path] = {}
@@ -33,13 +32,16 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def find_recipe(name: str) -> Path:
-    """The file of a recipe.
+    """Find the file of a recipe.
 
     Args:
         name: path of a recipe file; or the name of a shipped recipe, such as "tiny" or "recipes/tiny.py".
 
+    Returns:
+        The path of the file.
+
     Raises:
-        ValueError: neither; the message lists the shipped recipes.
+        ValueError: the name is neither, or has changed; the message lists the shipped recipes.
     """
     path = Path(name)
     if os.path.isfile(path):

@@ -1,7 +1,7 @@
-"""A run in memory and on disk: what a checkpoint holds, resuming, and the outputs of a run folder.
+"""A run in memory and on disk: the contents of checkpoints, resuming, and the outputs of a run folder.
 
-It does not depend on how a step is made. Keys of checkpoints: step, rows (samples seen by all processes), elapsed
-(seconds), model, optimizers, optimizer_names, ema, unlogged (the sums since the last log line).
+Keys of checkpoints: step, rows (samples seen by all processes), elapsed (seconds), model, optimizers, optimizer_names,
+ema, unlogged (the sums since the last log line). Does not depend on: how a step is done.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from unigen.training.train_spec import TrainSpec
 
 @dataclass
 class RunState:
-    """What a checkpoint holds of a run."""
+    """The state of a run that checkpoints store."""
 
     model: nn.Module
     """The model that is trained."""
     optimizers: Sequence[torch.optim.Optimizer]
     """One for each objective, in order."""
     ema: EMA | None
-    """The averaged weights."""
+    """The averaged weights; None without averaging."""
     metrics: MetricAccumulator
     """Sums since the last log line."""
     step: int = 0
@@ -56,19 +56,19 @@ class RunState:
     """Step and seconds of the last log line."""
 
     def reset_metrics(self) -> None:
-        """Begin new sums, after a log line."""
+        """Start new sums, after a log line."""
         self.metrics.reset()
         self.last_log = self.step, self.elapsed
 
     def optimizer_names(self) -> list[str]:
-        """The class of each optimizer, as checkpoints name it."""
+        """Return the class names of the optimizers, which checkpoints store."""
         return [type(optimizer).__name__ for optimizer in self.optimizers]
 
-    def state_dict(self, unlogged: Mapping[str, list[float]]) -> dict[str, Any]:
-        """What a checkpoint holds.
+    def state_dict(self, unlogged: Mapping[str, list[float]]) -> dict[str, object]:
+        """Return the contents of a checkpoint.
 
         Args:
-            unlogged: what `metrics.reduce` gives of the steps since the last log line; {} where there are none.
+            unlogged: sums of the steps since the last log line, from `metrics.reduce`; {} where there are none.
         """
         step, seconds = self.last_log
         return {
@@ -79,12 +79,15 @@ class RunState:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "optimizer_names": self.optimizer_names(),
             "ema": self.ema.state_dict() if self.ema else None,
-            # stopped between two log lines: the next one is to be what it would have been
+            # after a stop between two log lines, the next one is what it would have been
             "unlogged": {"rows": unlogged, "step": step, "seconds": seconds} if unlogged else None,
         }
 
     def load_optimizers(self, states: Sequence[dict[str, Any]]) -> None:
-        """Take over momentum and the like. Learning rate, weight decay and other options stay the configuration's.
+        """Restore momentum and the like. Learning rate, weight decay and other options are kept as configured.
+
+        Args:
+            states: of the optimizers, in order.
 
         Raises:
             KeyError, RuntimeError, ValueError: the states are of other optimizers, or of other parameters.
@@ -96,11 +99,11 @@ class RunState:
                 group.update(option)
 
     def load_progress(self, state: Mapping[str, Any], is_main: bool) -> None:
-        """Take over averages, counters and the sums since the last log line, which only the main process adds to.
+        """Restore averages, counters and the sums since the last log line.
 
         Args:
             state: a checkpoint.
-            is_main: whether this is the main process of the run.
+            is_main: whether this is the main process of the run, which alone takes the sums.
         """
         if self.ema and state["ema"]:
             self.ema.load_state_dict(state["ema"])
@@ -112,7 +115,7 @@ class RunState:
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
-        """Inside, the model is as it would be used: averaged weights, eval mode, no gradients."""
+        """Prepare the model for use inside the context: averaged weights, eval mode, no gradients."""
         self.model.eval()
         with self.ema.average_parameters() if self.ema else nullcontext(), torch.no_grad():
             yield
@@ -125,16 +128,16 @@ class RunFolder:
     def __init__(self, cfg: RunConfig, spec: TrainSpec, state: RunState, is_main: bool) -> None:
         """
         Args:
-            cfg: names the folder; what a fresh run writes to config.json.
-            spec: writes samples and the model.
-            state: saved and restored.
+            cfg: of the run, with the folder; it is written to config.json.
+            spec: its functions write samples and the model.
+            state: is saved and restored.
             is_main: whether this is the main process of the run.
         """
         self.cfg, self.spec, self.state, self.is_main = cfg, spec, state, is_main
         self.path = Path(cfg.run_dir)
 
     def resume(self, machine: str) -> None:
-        """Take up the run that the folder holds, or start one; says which.
+        """Resume the run that the folder holds, or start one, and print which.
 
         Args:
             machine: processes, device and precision, in words.
@@ -157,7 +160,7 @@ class RunFolder:
             save_json(self.path / "config.json", to_dict(self.cfg))
 
     def resume_hint(self) -> str:
-        """The end of a message that says why a run ended."""
+        """Return the end of a message about the end of a run: where the same command goes on."""
         good = list_checkpoints(self.path)
         place = f"from {good[-1].name}" if good else "afresh"
         return f"what it said last says why; the same command goes on {place}"
@@ -166,14 +169,14 @@ class RunFolder:
         """Write a checkpoint and the model, in the main process.
 
         Args:
-            unlogged: as `RunState.state_dict`.
+            unlogged: as in `RunState.state_dict`.
         """
         if self.is_main:
             save_checkpoint(self.path, tree_to_cpu(self.state.state_dict(unlogged)), self.cfg.keep_checkpoints)
             self._save_model()
 
     def write_samples(self) -> None:
-        """Let the recipe write its samples, in the main process; none is there in part."""
+        """Let the recipe write its samples, in the main process. Each file appears when it is complete."""
         write = self.spec.write_samples
         if write is None or not self.is_main:
             return
@@ -186,10 +189,10 @@ class RunFolder:
         record_samples(self.path, self.state.step)
 
     def write_missing_outputs(self, finished: bool) -> None:
-        """Do what a process that ended at the step of the checkpoint had still to do.
+        """Write the model and the samples of the checkpoint's step, where a killed process has not.
 
         Args:
-            finished: whether the run has reached its end: its model and samples are due.
+            finished: whether the run has reached its end, where both are due.
         """
         step = self.state.step
         if not self.is_main:
@@ -207,7 +210,7 @@ class RunFolder:
                 save_model(self.path, self.state.step, lambda folder: write(self.state.model, folder))
 
     def _saved_config(self) -> dict[str, Any]:
-        """The configuration that the run had; without one, or with a damaged one, the checkpoint says all it needs."""
+        """Return the stored configuration; {} where it is missing or damaged, since the checkpoint suffices."""
         path = self.path / "config.json"
         if not path.exists():
             return {}
@@ -223,8 +226,7 @@ class RunFolder:
         return {}
 
     def _load(self, checkpoint: dict[str, Any], changes: Sequence[str]) -> None:
-        """Take over a checkpoint. ValueError where it is of another model or optimizer, which names the `changes` of
-        the configuration."""
+        """Restore a checkpoint. ValueError, with the `changes` of the configuration, for another model or optimizer."""
         change_text = f" ({'; '.join(changes)})" if changes else ""
         advice = "choose another run_dir, or give what the run had"
         try:
@@ -248,7 +250,12 @@ class RunFolder:
 
 
 def is_due(interval: int, step: int) -> bool:
-    """Whether something that is done every `interval` steps, or never (0), is done after this one."""
+    """Check whether something is due after a step.
+
+    Args:
+        interval: in steps; 0: never.
+        step: number of steps done.
+    """
     return bool(interval) and step % interval == 0
 
 
@@ -256,8 +263,8 @@ def _shorten(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def _config_diff(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """A line for each key that differs."""
+def _config_diff(old: Mapping[str, object], new: Mapping[str, object], prefix: str = "") -> Iterator[str]:
+    """Yield a line for each key that differs."""
     for key in [*new, *(k for k in old if k not in new)]:
         before, after = old.get(key), new.get(key)
         if isinstance(before, Mapping) and isinstance(after, Mapping):

@@ -12,10 +12,10 @@ from types import FrameType
 
 
 class StopSignal:
-    """Notes that the process was told to stop.
+    """Records a signal that asks the process to stop.
 
-    The first signal asks for a stop after the current step. More of them, as launchers send, change nothing; but Ctrl-C
-    pressed again after a second raises KeyboardInterrupt at once.
+    The first signal asks for a stop after the current step. Further ones, as launchers send them, change nothing; but
+    Ctrl-C pressed again after a second raises KeyboardInterrupt at once.
     """
 
     received: int | None = None
@@ -30,12 +30,12 @@ class StopSignal:
 
     @contextmanager
     def handle(self) -> Iterator[None]:
-        """Inside, SIGTERM and SIGINT are noted. In another thread than the main one, signals are left alone."""
+        """Record SIGTERM and SIGINT inside the context. In another thread than the main one it does nothing."""
         previous = {}
         try:
             for number in (signal.SIGTERM, signal.SIGINT):
                 previous[number] = signal.signal(number, self._note)
-        except ValueError:  # not the main thread: signals are somebody else's
+        except ValueError:  # not the main thread, which alone handles signals
             pass
         try:
             yield

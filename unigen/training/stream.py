@@ -1,7 +1,7 @@
-"""The dataset as an endless stream of rows: which row stands at which position, and a loader that starts anywhere.
+"""The dataset as an endless stream of samples, and a loader that starts at any position.
 
-It does not depend on what an item is. Row p of the stream is always the same item with the same random seeds, whichever
-process or worker makes it and whenever: resuming is starting at p.
+Sample p of the stream is always the same item with the same random seeds, whichever process or worker makes it and
+whenever: to resume is to start at p. Does not depend on: what an item is.
 
     batches = make_loader(dataset, collate, first_sample=0, batch_size=32, rank=0, world_size=1, seed=0, shuffle=True,
                           num_workers=2, pin_memory=False)
@@ -18,7 +18,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +29,7 @@ import torch.utils.data
 
 
 def hash_seed(*keys: int) -> int:
-    """63 well-mixed bits from integers (splitmix64's finalizer, folded over the keys)."""
+    """Hash integers to a seed in [0, 2^63): splitmix64's finalizer, folded over the keys."""
     state = 0
     for key in keys:
         state = (state + key + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
@@ -40,8 +40,16 @@ def hash_seed(*keys: int) -> int:
 
 
 def feistel_permutation(index: int, length: int, seed: int) -> int:
-    """Where `index` goes in a seeded permutation of range(length): six Feistel rounds, walked until inside; no
-    memory."""
+    """Map an index by a seeded permutation of range(length): six Feistel rounds, repeated until the result is inside.
+
+    Args:
+        index: in [0, length).
+        length: at least 1.
+        seed: of the permutation.
+
+    Returns:
+        An index in [0, length). No table is stored.
+    """
     half = max((length - 1).bit_length() + 1, 2) // 2
     mask = (1 << half) - 1
     while True:
@@ -54,7 +62,7 @@ def feistel_permutation(index: int, length: int, seed: int) -> int:
 
 
 def seed_all(seed: int) -> None:
-    """Seed python, numpy and torch (every device), so that what follows is a function of `seed`."""
+    """Seed Python's, NumPy's and torch's global generators, of every device."""
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
     torch.manual_seed(seed)
@@ -62,8 +70,7 @@ def seed_all(seed: int) -> None:
 
 @dataclass
 class WorkerError:
-    """An exception on its way out of a worker: a ValueError is the user's to mend (one line), another our fault
-    (traceback)."""
+    """An exception that is passed from a worker to the Trainer."""
 
     error: Exception
     """The exception, or one of the same text that can be pickled."""
@@ -73,13 +80,19 @@ class WorkerError:
     """As Python prints it."""
 
     def reraise(self) -> None:
+        """Raise the exception.
+
+        Raises:
+            ValueError: the error is one, which the user can mend; in one line.
+            RuntimeError: any other, with its traceback.
+        """
         if isinstance(self.error, ValueError):
             raise ValueError(f"{self.error} ({self.source})")
         raise RuntimeError(f"{self.source} failed:\n{self.traceback_text}")
 
 
-class _SampleStream(torch.utils.data.Dataset[Any]):
-    """position -> item, in order or shuffled anew each epoch."""
+class _SampleStream(torch.utils.data.Dataset[object]):
+    """Maps positions of the stream to items, in order or shuffled anew in each epoch."""
 
     def __init__(self, dataset: Any, seed: int, shuffle: bool) -> None:
         self.dataset, self.seed = dataset, seed
@@ -88,7 +101,7 @@ class _SampleStream(torch.utils.data.Dataset[Any]):
         if self.length == 0:
             raise ValueError("the dataset is empty")
 
-    def __getitem__(self, position: int) -> Any:
+    def __getitem__(self, position: int) -> object:
         index = position
         if self.length is not None:
             epoch, index = divmod(position, self.length)
@@ -103,11 +116,12 @@ class _SampleStream(torch.utils.data.Dataset[Any]):
 
 @dataclass
 class _Collate:
-    """The job's collate; a failed item, or its own failure, takes the batch's place."""
+    """Makes batches; where an item or `collate` has failed, the error takes the place of the batch."""
 
-    collate: Callable[[list[Any]], Any]
+    collate: Callable[[list[Any]], object]
+    """Makes a batch of a list of items."""
 
-    def __call__(self, items: list[Any]) -> Any:
+    def __call__(self, items: list[Any]) -> object:
         failed = next((item for item in items if isinstance(item, WorkerError)), None)
         if failed is None:
             try:
@@ -116,34 +130,42 @@ class _Collate:
                 failed = WorkerError(error, "putting a batch together", traceback.format_exc())
         try:
             pickle.loads(pickle.dumps(failed.error))
-        except Exception:  # an exception that cannot travel would hang the worker; its text can
+        except Exception:  # an exception that cannot be pickled would hang the worker: its text is sent
             kind = ValueError if isinstance(failed.error, ValueError) else RuntimeError
             failed = WorkerError(kind(str(failed.error)), failed.source, failed.traceback_text)
         return failed
 
 
 def _start_worker(_: int) -> None:
-    """Ctrl-C and many a scheduler's SIGTERM reach every process of a group: the trainer decides when to stop, so its
-    workers go on until it closes them. Where it is killed they end with it: they hold its connections to the other
-    processes of the run, which would wait for it."""
+    """Set the signals of a worker: it goes on until the Trainer closes it, and ends when the Trainer is killed.
+
+    Ctrl-C and the SIGTERM of many schedulers reach every process of a group, but the Trainer decides when to stop. A
+    worker that outlived the Trainer would hold its connections to the other processes of the run, which would wait.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(120))  # where the system has no such order, and it is stuck
+    signal.signal(
+        signal.SIGTERM, lambda *_: signal.alarm(120)
+    )  # the end of a stuck worker where prctl is not available
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 class BatchIterator:
-    """The endless batches of a loader; `close` ends its workers within seconds, whatever they are doing."""
+    """The endless batches of a loader.
 
-    def __init__(self, loader: Any) -> None:
+    Args:
+        loader: torch's loader, whose workers start here.
+    """
+
+    def __init__(self, loader: Iterable[object]) -> None:
         before = set(multiprocessing.active_children())
         self._batches = iter(loader)
         self._workers = set(multiprocessing.active_children()) - before
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[object]:
         return self
 
-    def __next__(self) -> Any:
+    def __next__(self) -> object:
         try:
             return next(self._batches)
         except RuntimeError as error:
@@ -155,7 +177,7 @@ class BatchIterator:
             ) from error
 
     def close(self, grace: float = 1.0) -> None:
-        """End the workers: one that waits for work at once, one that is busy is killed after `grace` seconds."""
+        """End the workers. One that waits for work ends at once; one that is busy is killed after `grace` seconds."""
         shut_down = getattr(self._batches, "_shutdown_workers", None)  # without workers there is none
         if shut_down is None:
             return
@@ -174,21 +196,21 @@ class BatchIterator:
 
 @contextmanager
 def _ignore_sigchld() -> Iterator[None]:
-    """Inside, the end of a worker is no error, as which torch takes it."""
+    """Keep torch from raising an error for the end of a worker inside the context."""
     try:
-        old = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     except ValueError:  # not the main thread, in which torch would raise it
         yield
         return
     try:
         yield
     finally:
-        signal.signal(signal.SIGCHLD, old)
+        signal.signal(signal.SIGCHLD, previous)
 
 
 def make_loader(
     dataset: Any,
-    collate: Callable[[list[Any]], Any] | None,
+    collate: Callable[[list[Any]], object] | None,
     *,
     first_sample: int,
     batch_size: int,
@@ -199,23 +221,23 @@ def make_loader(
     num_workers: int,
     pin_memory: bool,
 ) -> BatchIterator:
-    """Endless batches of one process, from any sample of the stream on.
+    """Make the endless batches of one process, from any sample of the stream on.
 
     Args:
         dataset: map-style; without `__len__` it is endless and read in order.
         collate: makes a batch of a list of items; None: torch's default.
         first_sample: position in the stream of the run's next sample.
-        batch_size: samples a batch.
-        rank: this process. Its first batch begins at `first_sample + rank * batch_size`, the next ones
-            `world_size * batch_size` further each.
-        world_size: processes of the run.
+        batch_size: samples of a batch.
+        rank: of this process. Its first batch begins at `first_sample + rank * batch_size`, and each next one
+            `world_size * batch_size` further.
+        world_size: number of processes of the run.
         seed: of the order and of the items' random draws.
         shuffle: whether each epoch has another order.
-        num_workers: processes that make batches; 0: this one.
-        pin_memory: whether batches are in memory from which a GPU copies.
+        num_workers: number of processes that make batches; 0: this one.
+        pin_memory: whether batches are put in memory from which a GPU copies.
 
     Returns:
-        Batches as `collate` makes them, or a `WorkerError` in the place of one that failed.
+        Batches as `collate` makes them, or a `WorkerError` in the place of a batch that failed.
 
     Raises:
         ValueError: the data set is empty.

@@ -1,6 +1,6 @@
-"""What a recipe gives the Trainer: a model, a data set, an objective, and what is written of the run.
+"""What a recipe gives the Trainer: a model, a data set, an objective, and functions that write outputs.
 
-It does not depend on any loss, model or data format. Nothing is trained here.
+Nothing is trained here. Does not depend on: losses, models, data formats.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 ModelT = TypeVar("ModelT", bound=nn.Module)
 LossModelT = TypeVar("LossModelT", bound=nn.Module, contravariant=True)
 Sample: TypeAlias = Any
-"""One item of a data set. The Trainer does not look inside."""
+"""One item of a data set. The Trainer does not read its contents."""
 CollatedBatch: TypeAlias = Any
-"""What `collate` makes of the samples of a micro-batch, and an objective reads."""
+"""A micro-batch as `collate` makes it of samples and an objective reads it."""
 LossSums: TypeAlias = dict[str, tuple[Tensor, Tensor | int]]
 """Name -> (sum, count) of one micro-batch."""
 
@@ -78,11 +78,11 @@ def to_device(batch: CollatedBatch, device: torch.device) -> CollatedBatch:
     """Move the tensors of a batch, through dicts, lists, tuples, dataclasses and whatever has a method `to`.
 
     Args:
-        batch: as `collate` made it.
-        device: where the model is.
+        batch: as `collate` makes it.
+        device: of the model.
 
     Returns:
-        A batch of the same structure; what holds no tensor is the same object.
+        A batch of the same structure; a value of any other type is returned as it is.
     """
     if hasattr(batch, "to"):
         return batch.to(device, non_blocking=True) if isinstance(batch, Tensor) else batch.to(device)

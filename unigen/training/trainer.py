@@ -1,9 +1,9 @@
 """The Trainer: steps optimizers over a stream of samples; saves, samples, logs, stops, resumes.
 
-It does not depend on any loss, model or data format: an Objective returns sums and counts, a recipe's TrainSpec
-supplies the rest. Every random draw is a function of (seed, position): samples are seeded by their place in the stream
-and forward passes by (seed, step, slot), so that nothing random has to be saved, any number of workers gives the same
-run, and a resumed run equals an uninterrupted one bit for bit.
+An Objective returns sums and counts; a recipe's TrainSpec supplies the rest. Every random draw is a function of (seed,
+position): samples are seeded by their position in the stream and forward passes by (seed, step, slot), so that no
+random state has to be saved, any number of workers gives the same run, and a resumed run equals an uninterrupted one
+bit for bit. Does not depend on: losses, models, data formats.
 
     Trainer(cfg, spec).run()                                torchrun --nproc_per_node 2 -m unigen train recipes/tiny.py
 """
@@ -41,14 +41,14 @@ if TYPE_CHECKING:
 
 
 class OptimizerGroup(NamedTuple):
-    """An objective and what it may change. Several step in turn on the same batch."""
+    """An objective and the parameters that it trains. Several groups step in turn on the same batch."""
 
     objective: Objective
     """The loss."""
     optimizer: torch.optim.Optimizer
-    """Over `parameters`; the groups' learning rates are those of a factor of 1."""
+    """The optimizer of `parameters`; `initial_lr` of its groups is the learning rate at a factor of 1."""
     parameters: list[nn.Parameter]
-    """All that the optimizer steps."""
+    """All parameters that the optimizer steps."""
 
 
 class _ObjectiveModule(nn.Module):
@@ -74,10 +74,11 @@ class Trainer:
         """
         Args:
             cfg: of the run; precision "auto" is resolved for this machine.
-            spec: what the recipe builds. Its model is moved to the device.
+            spec: built by the recipe. Its model is moved to the device.
 
         Raises:
-            ValueError: the launcher asks for what the Trainer does not do, or the machine for another precision.
+            ValueError: the launcher asks for what the Trainer does not do, or the machine does not support the
+                precision.
         """
         check_launcher()
         require_extra("train", "accelerate", "tensorboard")
@@ -111,10 +112,12 @@ class Trainer:
             make = self.spec.make_optimizer
             pairs = [(self.spec.objective, make(self.model, self.cfg) if make else list(self.model.parameters()))]
         groups = []
-        for objective, owned in pairs:
+        for objective, target in pairs:
             if isinstance(objective, nn.Module):
                 objective.to(self.device)
-            optimizer = owned if isinstance(owned, torch.optim.Optimizer) else adamw(self.model, self.cfg.optim, owned)
+            optimizer = (
+                target if isinstance(target, torch.optim.Optimizer) else adamw(self.model, self.cfg.optim, target)
+            )
             for group in optimizer.param_groups:
                 group.setdefault("initial_lr", group["lr"])
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -209,20 +212,20 @@ class Trainer:
         return last
 
     def _metrics(self) -> dict[str, float]:
-        """The means since the last log line. All processes have to ask."""
+        """Return the means since the last log line. All processes have to call this."""
         step, seconds = self.state.last_log
         steps, seconds = self.state.step - step, max(self.state.elapsed - seconds, 1e-9)
         speed = steps * self._samples_per_step / seconds
-        own = {"lr": self._lr(), "seconds": self.state.elapsed, "rows/s": speed}
-        return compute_means(self.state.metrics.reduce(self.world_size), seconds) | own
+        run_metrics = {"lr": self._lr(), "seconds": self.state.elapsed, "rows/s": speed}
+        return compute_means(self.state.metrics.reduce(self.world_size), seconds) | run_metrics
 
     def _progress(self) -> float:
-        """The share of the run that is done, in [0, 1], by steps or by the clock, whichever is further."""
+        """Return the share of the run that is done, in [0, 1]: by steps or by the clock, whichever is larger."""
         by_clock = self.state.elapsed / self.cfg.time_limit if self.cfg.time_limit else 0.0
         return min(1.0, max(self.state.step / self.cfg.steps, by_clock))
 
     def _check_metrics(self, metrics: Mapping[str, float]) -> None:
-        """Every loss is a number, and data parallel copies of the weights are still the same."""
+        """Check that every metric is finite, and that all processes have the same weights."""
         non_finite_names = [name for name, value in metrics.items() if not math.isfinite(value)]
         if non_finite_names:
             raise ValueError(
@@ -236,7 +239,7 @@ class Trainer:
             assert ends[0] == -ends[1], "the processes' weights differ: something changes weights outside the optimizer"
 
     def _sync_clock_and_stop(self, seconds: float, stop: bool) -> tuple[float, bool]:
-        """All processes go by the latest clock, and stop when any was told to."""
+        """Return the latest clock of all processes, and whether any of them was asked to stop."""
         if self.world_size > 1:
             values = torch.tensor([seconds, float(stop)], dtype=torch.float64, device=self.device)
             torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)
@@ -249,7 +252,7 @@ class Trainer:
     # ------------------------------------------------ batches
 
     def _make_loader(self) -> BatchIterator:
-        """This process's micro-batches, endless, from the saved sample on."""
+        """Make the endless micro-batches of this process, from the saved sample on."""
         cfg = self.cfg
         return make_loader(
             self.spec.dataset,
@@ -293,7 +296,7 @@ class Trainer:
         state.samples_seen += self._samples_per_step
 
     def _backward(self, group_index: int, objective: Objective, micro_batches: list[CollatedBatch]) -> None:
-        """Gradients of sum(sums) / sum(counts) over the step's micro-batches and processes, name by name."""
+        """Compute gradients of sum(sums) / sum(counts) of each name, over the step's micro-batches and processes."""
         counts = self._step_counts(group_index, objective, micro_batches) if len(micro_batches) > 1 else None
         weights: Mapping[str, float] = getattr(objective, "weights", {})
         for index, batch in enumerate(micro_batches):
@@ -304,7 +307,7 @@ class Trainer:
                 if counts is None:
                     counts = self._sum_over_processes({name: count for name, (_, count) in result.items()})
                 parts = [
-                    # DDP takes the mean over processes
+                    # times world_size, since DDP takes the mean over processes
                     total * (weights.get(name, 1.0) * self.world_size / counts[name].clamp(min=1e-12))
                     for name, (total, _) in result.items()
                     if not name.startswith("metric/")
@@ -316,10 +319,10 @@ class Trainer:
     def _step_counts(
         self, group_index: int, objective: Objective, micro_batches: list[CollatedBatch]
     ) -> dict[str, Tensor]:
-        """The counts of the whole step, known before its first backward pass.
+        """Return the counts of the whole step, before its first backward pass.
 
-        Without `objective.counts` they come from one more forward pass, after which weights and buffers are put back:
-        a pass in training mode may change both, as dead codes that are revived do.
+        Without `objective.counts` they come from one more forward pass, after which weights and buffers are restored:
+        a pass in training mode may change both, as the revival of dead codes does.
         """
         if hasattr(objective, "counts"):
             return self._sum_over_processes(self._count_targets(group_index, objective, micro_batches))
@@ -353,8 +356,7 @@ class Trainer:
         assert names, "an objective needs a loss: a name that does not start with metric/"
         flat = torch.stack([torch.as_tensor(counts[name], device=self.device).detach().double() for name in names])
         if self.world_size > 1:
-            # A fixed size, so that processes that disagree about the names are noticed instead of waiting for each
-            # other.
+            # The size is fixed, so that processes with different names are detected instead of waiting for each other.
             buffer = torch.zeros(64, dtype=torch.float64, device=self.device)
             buffer[0], buffer[1 : 1 + len(names)] = zlib.crc32(" ".join(names).encode()), flat
             local_checksum = buffer[0].clone()
@@ -366,8 +368,11 @@ class Trainer:
         return dict(zip(names, flat.float(), strict=True))
 
     def _seed_objective(self, group_index: int, index: int) -> torch.Generator:
-        """Seed the global generators and return the objective's own, by (seed, step, slot, group); slots number the
-        micro-batches of all processes, so that 2 processes draw what one with 2 accumulated batches draws."""
+        """Seed the global generators, and return the objective's generator, by (seed, step, slot, group).
+
+        Slots number the micro-batches of all processes, so that 2 processes draw the same as one process with 2
+        accumulated batches.
+        """
         slot = index * self.world_size + self.rank
         seed = hash_seed(self.cfg.seed, self.state.step, slot, group_index, 2)
         seed_all(seed)
@@ -375,10 +380,10 @@ class Trainer:
 
     @contextmanager
     def _only_group(self, group_index: int) -> Iterator[None]:
-        """Inside, only this group's parameters take gradients."""
-        own_ids = {id(p) for p in self.optimizer_groups[group_index].parameters}
+        """Let only the parameters of a group take gradients inside the context."""
+        group_ids = {id(p) for p in self.optimizer_groups[group_index].parameters}
         other_params = [
-            p for group in self.optimizer_groups for p in group.parameters if id(p) not in own_ids and p.requires_grad
+            p for group in self.optimizer_groups for p in group.parameters if id(p) not in group_ids and p.requires_grad
         ]
         for p in other_params:
             p.requires_grad_(False)
@@ -390,7 +395,7 @@ class Trainer:
 
 
 def _make_accelerator(precision: str) -> Accelerator:
-    """accelerate in this process. ValueError where it would train by other means than data parallel."""
+    """Set up accelerate in this process. ValueError where it would train in another way than data parallel."""
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
 
@@ -408,7 +413,7 @@ def _make_accelerator(precision: str) -> Accelerator:
 
 
 def _check_world_size(world_size: int) -> None:
-    """ValueError where the launcher started another number of processes than torch knows of."""
+    """Raise ValueError where the launcher has started another number of processes than torch knows of."""
     launched = launch_info().world_size
     if launched > world_size:
         raise ValueError(f"{launched} processes were launched, which would not train together: launch by torchrun")

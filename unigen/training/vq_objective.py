@@ -1,10 +1,10 @@
-"""What an image tokenizer is trained for.
+"""The objective of image tokenizers.
 
-The objective: L1 + L2 on pixels (more inside object masks), the quantizer's own losses, and at will a feature loss,
-LPIPS and a hinge PatchGAN with adaptive weight. It knows the tokenizer's forward; no data, no optimizer, no files.
+Its terms are L1 + L2 on pixels (more inside object masks), the quantizer's own losses, and optionally a feature loss,
+LPIPS and a hinge PatchGAN with adaptive weight. Does not depend on: data, optimizers, files.
 
-One backward serves generator and discriminator: the generator's term reads the discriminator with its parameters
-detached, the discriminator's term reads the reconstruction detached, so neither gradient leaks into the other.
+One backward pass trains generator and discriminator: the generator's term uses the discriminator with its parameters
+detached, and the discriminator's term the detached reconstruction, so neither gradient leaks into the other.
 
 Shapes: B batch, C=3 channels, H W pixels in [-1, 1], masks (B, 1, H, W) with 1 inside objects, h w grid, K codes.
 """
@@ -32,15 +32,26 @@ Losses = dict[str, tuple[Tensor, Tensor | int]]
 
 @dataclass
 class VQLossConfig:
-    """Weights of the losses; 0 switches one off. The quantizer's (commitment, entropy) are in VQConfig."""
+    """Weights of the losses; 0 switches one off. The quantizer's (commitment, entropy) are in VQConfig.
+
+    Raises:
+        ValueError: a value is negative or not finite.
+    """
 
     l1: float = 1.0
+    """Weight of |y - x|."""
     l2: float = 1.0
-    object_weight: float = 4.0  # of a pixel inside an object, against 1 outside
-    feature: float = 0.0  # distance in a frozen network given as `features`
+    """Weight of (y - x)^2."""
+    object_weight: float = 4.0
+    """Weight of a pixel inside an object, against 1 outside."""
+    feature: float = 0.0
+    """Weight of the distance in a frozen network, `features` of the objective."""
     lpips: float = 0.0
-    gan: float = 0.0  # scale of the adaptive weight (LlamaGen: 0.5)
-    gan_start: int = 2000  # training step at which the generator begins to hear the discriminator
+    """Weight of LPIPS."""
+    gan: float = 0.0
+    """Scale of the adaptive weight of the adversarial term (LlamaGen: 0.5)."""
+    gan_start: int = 2000
+    """Training step from which on the adversarial term trains the tokenizer."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -49,7 +60,12 @@ class VQLossConfig:
 
 
 class VQTraining(nn.Module):
-    """The tokenizer, beside the discriminator when there is one: what the Trainer optimises and checkpoints."""
+    """The tokenizer and its discriminator as one model, which the Trainer optimizes and checkpoints.
+
+    Args:
+        tokenizer: the tokenizer to be trained.
+        gan: whether there is a discriminator.
+    """
 
     def __init__(self, tokenizer: VQTokenizer | KLTokenizer, gan: bool = False) -> None:
         super().__init__()
@@ -57,17 +73,24 @@ class VQTraining(nn.Module):
         self.discriminator = PatchDiscriminator() if gan else None
 
     def forward(self, x_BCHW: Tensor, rng: torch.Generator | None = None, *codes_Bhw: Tensor) -> VQOutput:
+        """Reconstruct pictures, as the tokenizer's forward pass."""
         return self.tokenizer(x_BCHW, rng, *codes_Bhw)
 
 
 class VQObjective:
-    """(model, {"pixels": (B, 3, H, W), "masks": (B, 1, H, W)}, rng) -> {name: (sum, count)}; where the batch has
-    "codes", pictures are decoded from those.
+    """The losses of an image tokenizer on a batch.
 
-    `features(x_BCHW)` gives a list of maps of a frozen network; `lpips(x_BCHW, y_BCHW)` a distance per picture (B,).
+    Args:
+        config: weights of the losses; None: the defaults.
+        features: returns a list of maps (B, C, H, W) of a frozen network, for pictures (B, 3, H, W).
+        lpips: returns the distance of each pair of pictures (B,), for two batches of pictures.
+
+    Raises:
+        ValueError: a loss is switched on whose network is not given.
     """
 
-    step = 0  # set by the Trainer
+    step = 0
+    """Index of the training step, set by the Trainer."""
 
     def __init__(
         self,
@@ -83,6 +106,17 @@ class VQObjective:
             raise ValueError("loss.lpips needs LPIPS weights; give their file or set loss.lpips=0")
 
     def __call__(self, model: Any, batch: Mapping[str, Tensor], rng: torch.Generator) -> Losses:
+        """Compute the losses of a batch.
+
+        Args:
+            model: a `VQTraining`.
+            batch: "pixels" (B, 3, H, W), "masks" (B, 1, H, W), and optionally "codes" (B, h, w), from which pictures
+                are decoded then.
+            rng: of the tokenizer's forward pass, on the CPU.
+
+        Returns:
+            Name -> (sum, count).
+        """
         config, x_BCHW, masks_B1HW = self.config, batch["pixels"], batch["masks"]
         out: VQOutput = model(x_BCHW, rng, *([batch["codes"]] if "codes" in batch else []))
         y_BCHW, b = out.pixels_BCHW, len(x_BCHW)
@@ -105,7 +139,7 @@ class VQObjective:
                 losses["metric/batch_perplexity"] = (perplexity(share_K), 1)
         return losses
 
-    def _gan(self, model: Any, x_BCHW: Tensor, y_BCHW: Tensor, reconstruction: Any) -> Losses:
+    def _gan(self, model: VQTraining, x_BCHW: Tensor, y_BCHW: Tensor, reconstruction: Any) -> Losses:
         discriminator = model.discriminator
         assert discriminator is not None, "VQTraining(gan=True) is needed for loss.gan"
         n = len(x_BCHW)
@@ -122,28 +156,62 @@ class VQObjective:
 
 
 def pixel_loss(y_BCHW: Tensor, x_BCHW: Tensor, masks_B1HW: Tensor, c: VQLossConfig) -> tuple[Tensor, Tensor]:
-    """Sum of weighted l1 |y-x| + l2 (y-x)^2 over pixels and channels, and the sum of the weights."""
+    """Compute the weighted loss l1 |y - x| + l2 (y - x)^2 of pixels.
+
+    Args:
+        y_BCHW: reconstruction (B, 3, H, W).
+        x_BCHW: pictures (B, 3, H, W).
+        masks_B1HW: 1 inside objects (B, 1, H, W).
+        c: l1, l2 and the weight of pixels inside objects.
+
+    Returns:
+        The sum over pixels and channels, and the sum of their weights.
+    """
     gap = y_BCHW.float() - x_BCHW.float()
     weight_B1HW = 1 + (c.object_weight - 1) * masks_B1HW.float()
     return ((c.l1 * gap.abs() + c.l2 * gap.square()) * weight_B1HW).sum(), gap.shape[1] * weight_B1HW.sum()
 
 
 def feature_distance(features: Callable[[Tensor], list[Tensor]], y_BCHW: Tensor, x_BCHW: Tensor) -> Tensor:
-    """Mean squared distance of unit-normalised feature vectors, averaged over the maps; one number a picture (B,)."""
+    """Compute the mean squared distance of feature vectors of unit length, averaged over the maps.
+
+    Args:
+        features: returns a list of maps (B, C, H, W) of a frozen network.
+        y_BCHW: reconstruction, which takes the gradient.
+        x_BCHW: pictures.
+
+    Returns:
+        One distance for each picture (B,).
+    """
     with torch.no_grad():
         target_maps = [unit_normalize(map_BCHW) for map_BCHW in features(x_BCHW)]
-    got = [unit_normalize(map_BCHW) for map_BCHW in features(y_BCHW)]
-    gaps = [(a - b).square().sum(1).mean((1, 2)) for a, b in zip(got, target_maps, strict=True)]
-    return torch.stack(gaps).mean(0)
+    maps = [unit_normalize(map_BCHW) for map_BCHW in features(y_BCHW)]
+    distances = [(a - b).square().sum(1).mean((1, 2)) for a, b in zip(maps, target_maps, strict=True)]
+    return torch.stack(distances).mean(0)
 
 
 def discriminator_hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """The discriminator's loss (Lim & Ye 2017): mean of relu(1 - real) and relu(1 + fake), halved."""
+    """Return the discriminator's loss, a scalar: mean of relu(1 - real) and relu(1 + fake), halved (Lim & Ye 2017).
+
+    Args:
+        real: logits of pictures, of any shape.
+        fake: logits of reconstructions, of any shape.
+    """
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
 def adaptive_weight(reconstruction: Tensor, generator: Tensor, last: Tensor, limit: float = 1e4) -> Tensor:
-    """|grad_last reconstruction| / (|grad_last generator| + 1e-4), detached (Esser et al. 2021, VQGAN, eq. 7)."""
+    """Compute |grad_last reconstruction| / (|grad_last generator| + 1e-4) (Esser et al. 2021, VQGAN, eq. 7).
+
+    Args:
+        reconstruction: loss of the reconstruction, a scalar.
+        generator: adversarial loss of the tokenizer, a scalar.
+        last: weight of the layer next to the pixels.
+        limit: largest result.
+
+    Returns:
+        The weight of the adversarial loss, a detached scalar in [0, limit].
+    """
     a = torch.autograd.grad(reconstruction, last, retain_graph=True)[0].norm()
     b = torch.autograd.grad(generator, last, retain_graph=True)[0].norm()
     return (a / (b + 1e-4)).clamp(0, limit).detach()
