@@ -143,9 +143,7 @@ def _start_worker(_: int) -> None:
     worker that outlived the Trainer would hold its connections to the other processes of the run, which would wait.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(
-        signal.SIGTERM, lambda *_: signal.alarm(120)
-    )  # the end of a stuck worker where prctl is not available
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(120))  # ends a stuck worker where prctl is missing
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
