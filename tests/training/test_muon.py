@@ -35,7 +35,7 @@ def steps(model: Tied, optimizer: MuonAdamW, count: int) -> float:
 def test_each_weight_has_one_optimizer() -> None:
     model = Tied()
     optimizer = MuonAdamW(model, OptimConfig())
-    muon, adam = ([id(p) for g in part.param_groups for p in g["params"]] for part in optimizer.parts)
+    muon, adam = ([id(p) for g in part.param_groups for p in g["params"]] for part in optimizer.optimizers)
     assert muon == [id(model.inner.weight)]
     assert sorted(muon + adam) == sorted(id(p) for p in model.parameters())
 
@@ -57,4 +57,4 @@ def test_the_rate_of_a_group_is_the_rate_of_its_part() -> None:
     optimizer = MuonAdamW(Tied(), OptimConfig(lr=1e-2))
     for group in optimizer.param_groups:
         group["lr"] = 0.0
-    assert all(g["lr"] == 0 for part in optimizer.parts for g in part.param_groups)
+    assert all(g["lr"] == 0 for part in optimizer.optimizers for g in part.param_groups)
