@@ -1,4 +1,4 @@
-"""Loads what `unigen.load` is asked for: one model, ours or public, a pipeline, two models composed, or vLLM."""
+"""Loads models as engines: one model, ours or public, a pipeline, two models composed, or a model on vLLM."""
 
 from __future__ import annotations
 
@@ -268,7 +268,7 @@ def _load_engine(folder: Path, variant: str | None, placement: Placement, *, rea
 
 
 def _load_dtype(folder: Path, placement: Placement) -> tuple[torch.dtype | None, str]:
-    """The dtype as which a folder's weights are loaded, and a note where that is not as they are stored."""
+    """The dtype in which a folder's weights are loaded, and a note where it is not the stored one."""
     import torch
 
     from unigen.utils.precision import load_dtype
@@ -284,6 +284,7 @@ def _load_composed(lmm: str, generator: str, adapter: str | None, placement: Pla
     from unigen.backends.connector import load_connector
     from unigen.hub.resolve import resolve
 
-    connector = None if adapter is None else load_connector(resolve(adapter)[0])  # the smallest of them first
+    # the smallest of them first
+    connector = None if adapter is None else load_connector(resolve(adapter)[0])
     text_engine = load_one(lmm, placement, reads=True, composed=True)
     return ComposedEngine(text_engine, load_one(generator, placement, composed=True), connector)

@@ -44,15 +44,15 @@ ILLUSTRATION_INSTRUCTION = (
     "Say in one sentence what a picture of the last passage shows, as a prompt for a painter. Only the sentence."
 )
 MAX_PASSAGE_TOKENS = 120
-"""Tokens of a passage, and of an image's prompt, where `max_tokens` does not say less."""
+"""Tokens of a passage, and of an image's prompt, at most; a smaller `max_tokens` counts."""
 MAX_IMAGES = 4
-"""Images of an interleaved answer where `max_images` does not say."""
+"""Images of an interleaved answer where the request has no `max_images`."""
 TEXT_OPTIONS = ("max_tokens", "temperature", "top_p")
 """Options of the text engine, wherever it writes; all others are of the image engine."""
 STORY_TEMPERATURE = 0.8
-"""Of the passages of a model of this package's families, as in its own stories."""
+"""Temperature of passages where the text engine has no defaults, as models of this package's families."""
 DUPLICATE_RATIO, MAX_RETRIES = 0.9, 3
-"""How alike two passages are, by difflib's ratio, that are one told twice; and how often another is asked for."""
+"""The ratio of difflib from which two passages count as equal; how often a passage is generated again then."""
 
 
 class ComposedEngine(BaseEngine):
@@ -85,7 +85,8 @@ class ComposedEngine(BaseEngine):
             else ConnectedDiffusersEngine(require_pipeline(image_engine), text_engine, connector)
         )
         self.uses_hidden_states = connector is not None
-        """Whether the image engine is told the whole prompt, so that no image has to be put into words."""
+        """Whether the image engine is conditioned on the states of the whole prompt, so that no image is put into
+        words."""
 
     def generate_results(
         self,
@@ -208,7 +209,7 @@ class ComposedEngine(BaseEngine):
         return self.uses_hidden_states or not document.images()
 
     def _text_options(self, options: Mapping[str, OptionValue]) -> dict[str, Any]:
-        """The options of the text engine: those that are given, and defaults."""
+        """The options of the text engine: its defaults, and over them those of the request."""
         requested = {name: value for name, value in options.items() if name in TEXT_OPTIONS and value is not None}
         return self.default_options("text", requested) | requested
 
@@ -242,7 +243,7 @@ class ComposedEngine(BaseEngine):
         return result
 
     def _stream_story(self, document: Document, seed: int, options: dict[str, Any]) -> Iterator[str | Image | Preview]:
-        """Passages and their images, until a passage is empty, was told before or there are as many as asked for."""
+        """Passages and their images, until a passage is empty or a repetition, or there are `max_images`."""
         count, image_options = options.get("max_images", MAX_IMAGES), _image_options(options)
         image_options.pop("max_images", None)
         if not self.default_options("text") and options.get("temperature") is None:
@@ -264,7 +265,7 @@ class ComposedEngine(BaseEngine):
     def _next_passage(
         self, story: Sequence[Segment], passages: Sequence[str], seed: int, options: dict[str, Any]
     ) -> str:
-        """A passage that is none of those before, "" where the story has ended."""
+        """A passage that repeats none of those before; "" where the story has ended."""
         document = Document([*story, Segment(text=PASSAGE_INSTRUCTION)])
         for attempt in range(MAX_RETRIES):
             attempt_seed = derive_seed(seed, attempt) if attempt else seed
@@ -274,7 +275,7 @@ class ComposedEngine(BaseEngine):
         return ""
 
     def _generate_text(self, document: Document, seed: int, options: dict[str, Any], max_tokens: int) -> str:
-        """What the text engine answers; max_tokens: where the options do not say less."""
+        """The answer of the text engine. max_tokens: the limit where the options have no smaller one."""
         return str(self._generate_text_result(document, seed, options, max_tokens).output)
 
     def _generate_text_result(

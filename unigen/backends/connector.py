@@ -44,11 +44,11 @@ if TYPE_CHECKING:
     from unigen.backends.diffusers_support import Pipeline
 
 MASK_ARGUMENTS = ("prompt_attention_mask", "prompt_embeds_mask")
-"""What pipelines call the mask of prompts of any length."""
+"""Names of the argument that masks prompts of any length."""
 POOLED_ARGUMENT = "pooled_prompt_embeds"
 ENCODE_PROMPT_ARGUMENTS = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False, "clean_caption": False}
-"""Of a pipeline's `encode_prompt`: one prompt as it is, without guidance. What else it takes is as its `__call__` has
-it."""
+"""Arguments of a pipeline's `encode_prompt` for one prompt without guidance. Others have the defaults of its
+`__call__`."""
 
 
 @dataclass

@@ -1,15 +1,15 @@
-"""Diffusers pipelines that draw, behind the interface of `Engine`: words or classes in, pictures out.
+"""The engine of diffusers pipelines: words or classes in, images out.
 
     engine = unigen.load("stable-diffusion-v1-5/stable-diffusion-v1-5")
     image = engine.generate("a shiba inu", seed=0, steps=20, guidance=7.5, solver="dpm++")
     edited = engine.edit(image, "a shiba inu in the snow", strength=0.6)
     painted = engine.inpaint(image, "a red ball", mask)
 
-What a pipeline takes is read from its class (`unigen.backends.diffusers_support`); what it does not take is refused by
-name, and a class that cannot draw here is refused before its weights are read. Editing and inpainting are the
-pipeline's own parts in diffusers' image-to-image and inpainting forms, where it has them; an edited picture keeps its
-size, and what is not marked of an inpainted one keeps its pixels. A picture's randomness is its own: it does not depend
-on the batch. Does not depend on: schedules, networks, prompts' encoders.
+The options of a pipeline are read from its class (`unigen.backends.diffusers_support`). Options that it does not take
+are refused by name, and a class that cannot be used here is refused before its weights are loaded. To edit and inpaint,
+the pipeline's components are put into diffusers' image-to-image and inpainting classes, where it has them. An edited
+image keeps its size, and the unmasked part of an inpainted one keeps its pixels. Each image has its own random
+generator, so that it does not depend on the batch. Does not depend on: schedules, networks, text encoders.
 """
 
 from __future__ import annotations
@@ -57,22 +57,13 @@ if TYPE_CHECKING:
     from unigen.backends.diffusers_support import Pipeline
 
 MAX_OUTPUT_PIXELS = 4096 * 4096
-"""Of a picture that is asked for."""
-ENGINE_ARGUMENTS = {
-    "class_labels",
-    "generator",
-    "height",
-    "image",
-    "mask_image",
-    "num_images_per_prompt",
-    "output_type",
-    "prompt",
-}
-ENGINE_ARGUMENTS |= {"return_dict", "width"}
+"""Pixels of a generated image, at most."""
+ENGINE_ARGUMENTS = {"class_labels", "generator", "height", "image", "mask_image", "num_images_per_prompt"}
+ENGINE_ARGUMENTS |= {"output_type", "prompt", "return_dict", "width"}
 """Arguments of pipelines that no option sets by their own name."""
 PIPELINE_ERRORS = (RuntimeError, IndexError, AssertionError, ArithmeticError, ImportError)
-"""What pipelines raise for arguments that they cannot work with, beside ValueError and TypeError; for their own
-arguments, which nothing here checks, AttributeError and KeyError too."""
+"""Errors of pipelines for arguments that they cannot work with, beside ValueError and TypeError. Arguments of their
+own, which are not checked here, can raise AttributeError and KeyError too."""
 
 
 class DiffusersEngine(BaseEngine):
@@ -308,7 +299,7 @@ class DiffusersEngine(BaseEngine):
         vae: Any = getattr(self.pipe, "vae", None)
         latent_channels = vae.config.get("latent_channels") if vae is not None and hasattr(self.pipe, "unet") else None
         if latent_channels and needs_image(kind) and network_config(self.pipe).get("in_channels") != latent_channels:
-            variant = None  # its network reads the picture, so that it does this task alone
+            variant = None  # its network takes the image as input: it has no other form
         else:
             try:
                 variant = getattr(diffusers, auto_classes.get(task, "AutoPipelineForInpainting")).from_pipe(self.pipe)
@@ -370,7 +361,7 @@ class DiffusersEngine(BaseEngine):
             call_arguments["output_type"] = "np"
         pipe.set_progress_bar_config(disable=not progress.visible(), leave=False)
         images = []
-        for arguments, seed in zip(given, seeds, strict=True):  # one at a time: a picture does not depend on the batch
+        for arguments, seed in zip(given, seeds, strict=True):  # one at a time: an image does not depend on the batch
             try:
                 result = pipe(**arguments, **call_arguments, generator=[make_rng(seed)])
             except (ValueError, TypeError) as error:
@@ -379,7 +370,7 @@ class DiffusersEngine(BaseEngine):
                 reason = f"{type(error).__name__}: {first_line(error)}"
                 raise ValueError(f"{kind} cannot draw this with these options ({reason})") from error
             picture = output_image(result, kind, pipe.dtype)
-            if "width" in call_arguments:  # some draw the nearest size that they can
+            if "width" in call_arguments:  # some pipelines generate the nearest size that they support
                 picture = resize_to(picture, (call_arguments["width"], call_arguments["height"]))
             images.append(picture)
         return MediaList(images)

@@ -128,7 +128,7 @@ def load(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | 
                 **disabled_components(folder),
             )
             check_all_loaded(pipe)
-    except Exception as error:  # whatever a damaged part makes its own library raise
+    except Exception as error:  # a damaged component can raise any error of its library
         raise ValueError(f"pipeline {folder} cannot be loaded: {first_line(error)}") from error
     finally:
         logging.set_verbosity(level)

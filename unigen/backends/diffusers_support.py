@@ -1,11 +1,11 @@
-"""What a class of diffusers' pipelines takes and gives, read from its signature, its components and its config.
+"""Inputs, outputs and options of a diffusers pipeline, read from its signature, its components and its config.
 
     kind = pipeline_class({"_class_name": "StableDiffusionPipeline"})
     unsupported_reason(kind)  # None, or the reason why the class cannot draw here
     supported_options(pipe)        # {"steps": "num_inference_steps", "guidance": "guidance_scale", ...}
     compatible_schedulers(pipe)       # {"euler": EulerDiscreteScheduler, ...}
 
-An option that would change nothing is not in `supported_options`. Does not depend on how pictures are drawn.
+An option that would change nothing is not in `supported_options`. Does not depend on: how pipelines are called.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SCHEDULERS = {
     "unipc": "UniPCMultistepScheduler",
     "deis": "DEISMultistepScheduler",
 }
-"""Schedulers of pipelines whose scheduler is no flow-matching one."""
+"""Names of solvers and their schedulers, for pipelines without flow matching."""
 FLOW_SCHEDULERS = {
     "euler": "FlowMatchEulerDiscreteScheduler",
     "heun": "FlowMatchHeunDiscreteScheduler",
@@ -56,17 +56,17 @@ IMAGE_OPTIONAL = {
     "Flux2KleinKVPipeline",
     "UniDiffuserPipeline",
 }
-"""Pipelines that draw from words with or without a picture, and that diffusers' AutoPipelineForText2Image does not
+"""Pipelines that generate from words with or without an image, and that diffusers' AutoPipelineForText2Image does not
 list."""
 INPAINT_CHANNELS = {"KandinskyInpaintCombinedPipeline": 9, "KandinskyV22InpaintCombinedPipeline": 9}
-"""Inpainting pipelines whose network has to read the mask, and how many channels it then reads."""
+"""Inpainting pipelines whose network takes the mask as input, and its number of input channels then."""
 UNSUPPORTED_TASKS = {
     "Upscale": "enlarges pictures",
     "SuperResolution": "enlarges pictures",
     "ShapE": "renders three-dimensional objects",
     "Layered": "takes pictures apart into layers",
 }
-"""By a part of the class's name: what a pipeline does whose signature looks like that of one that draws."""
+"""By a part of the class's name: tasks that are not supported and that the signature does not show."""
 
 
 def pipeline_class(index: Mapping[str, object]) -> type[Pipeline]:
@@ -262,10 +262,10 @@ def compatible_schedulers(pipe: Pipeline, scheduler: Scheduler | None) -> dict[s
         if not flow and kind not in compatible:
             continue
         if not flow and name in ("euler", "heun") and "scale_model_input" not in call:
-            continue  # these scale what the network reads, and the pipeline would not ask for it
+            continue  # these scale the network's input, and the pipeline does not call their method for it
         has_learned_variance = str(scheduler.config.get("variance_type")).startswith("learned")
         if has_learned_variance and not _accepts(scheduler_class.__init__, "variance_type"):
-            continue  # it would not know which half of what the network says is the variance
+            continue  # it could not tell which half of the network's output is the variance
         if scheduler.config.get("prediction_type") == "flow_prediction" and not _accepts(
             scheduler_class.__init__, "use_flow_sigmas"
         ):

@@ -35,7 +35,7 @@ class GlmImageEngine(DiffusersEngine):
         def get_image_tokens(
             features: torch.Tensor | list[torch.Tensor], grids: torch.Tensor | None = None
         ) -> torch.Tensor:
-            """transformers wants a list of pictures (C, h, w), of which diffusers gives the one without its list."""
+            """Takes one image (C, h, w), as diffusers gives it, or a list of images, as transformers takes them."""
             is_single_image = isinstance(features, torch.Tensor) and features.ndim == 3
             return original_get_tokens(vision_language_model, [features] if is_single_image else features, grids)
 
@@ -53,7 +53,7 @@ class GlmImageEngine(DiffusersEngine):
         with (
             silence_transformers(),
             torch.random.fork_rng(devices),
-        ):  # tokens are drawn by the global state, which it seeds
+        ):  # the pipeline samples tokens from the global generator, and seeds that
             return super()._run_pipeline(
                 pipe, given, seeds, options | {"size": options.get("size") or GLM_SIZE}, auto_size
             )

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 TEXT_OPTIONS = ("max_tokens", "temperature", "top_p", "top_k", "repetition_penalty")
 """The options of a generation."""
 FALLBACK_SAMPLING = {"temperature": 0.7, "top_p": 1.0, "repetition_penalty": 1.1}
-"""How a model of transformers draws text whose generation_config does not say: greedily it would repeat itself."""
+"""How text is sampled where a model's generation_config does not say: greedily it would repeat itself."""
 
 
 class TransformersEngine(BaseEngine):
@@ -168,7 +168,7 @@ class TransformersEngine(BaseEngine):
         return dict(self.text_sampling) if output == "text" else {}
 
     def _check_segments(self, document: Document) -> None:
-        """Raises ValueError for what the model cannot read."""
+        """Raises ValueError in one line for segments that the model cannot read."""
         document.check_conditions("this model")
         for segment in document.segments:
             if segment.label is not None:

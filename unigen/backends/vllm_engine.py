@@ -1,15 +1,16 @@
-"""The engine on vLLM: `Engine` with its prompts, spans, text and pictures, whose backbone runs in vLLM.
+"""The engine on vLLM: an `Engine` whose backbone runs in vLLM.
 
     engine = unigen.load("unigen-tiny", engine="vllm")
     image = engine.generate("two apples on a blue background", seed=0)
 
-Every span is one request of vLLM's for each branch of guidance, and the next span of an answer another, which finds
-what was read before in vLLM's prefix cache. Ids are drawn in vLLM by `unigen.backends.vllm_guidance`, as the local
-engine draws them: the same seed gives the same answer, whatever else runs. What vLLM does not write, pictures by other
-generators than next-token, is written by the model itself, from the document so far, as in the local engine; only a
-model that has such generators is kept here beside vLLM's. vLLM runs in this process, unless
-VLLM_ENABLE_V1_MULTIPROCESSING=1 says otherwise; scripts/install_serve.sh makes an environment with it.
-Does not depend on: how ids are drawn, HTTP, how a chat is laid out.
+Every span is one request of vLLM's for each branch of guidance. The next span of an answer is another request, whose
+prefix is in vLLM's prefix cache. Ids are sampled in vLLM by `unigen.backends.vllm_guidance`, as the local engine
+samples
+them: the same seed gives the same answer, whatever else runs. Images of other generators than next-token are not
+generated in vLLM but by the model in this process, from the document so far, as in the local engine; only a model that
+has such generators is kept here beside vLLM's. vLLM runs in this process, unless VLLM_ENABLE_V1_MULTIPROCESSING=1;
+scripts/install_serve.sh makes an environment with it.
+Does not depend on: how ids are sampled, HTTP, chat templates.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from unigen.inference.engine import Engine
 from unigen.inference.protocol import EngineInfo, OptionValue
 from unigen.inference.request import Request
 from unigen.inference.results import Record, Score
-from unigen.inference.scheduler import Scheduler
+from unigen.inference.scheduler import Part, Scheduler
 from unigen.inference.sequence import SequenceState
 from unigen.model.inputs import PromptSpan
 from unigen.model.template import Output, UnsupportedError
@@ -51,7 +52,7 @@ ENGINE_ARGS: dict[str, object] = {
     "skip_tokenizer_init": True,
     "async_scheduling": False,
 }
-"""Arguments of vLLM's engine without which spans are not guided."""
+"""Arguments of vLLM's engine that guidance needs."""
 VLLM_GENERATORS = ("text", "next-token")
 """The generators whose spans vLLM writes."""
 
@@ -100,8 +101,8 @@ def set_environment(processes: int = 1) -> None:
     shares = [",".join(map(str, cores[first::processes] or cores)) for first in range(processes)]
     for variable, value in {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_USE_V2_MODEL_RUNNER": "0",  # the other runner takes no logits processor of this kind
-        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # forks would hold the pipes of the process that makes them
+        "VLLM_USE_V2_MODEL_RUNNER": "0",  # version 2 takes no logits processor of this kind
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork would keep the pipes of its parent open
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; else vLLM asks for nearly all memory
         "VLLM_CPU_OMP_THREADS_BIND": "|".join(shares) if cores else "auto",  # "auto" leaves one core out
         "VLLM_LOGGING_LEVEL": "ERROR",
@@ -149,7 +150,7 @@ def create_llm_engine(
         "use_tqdm_on_load": False,
     }
     if current_platform.is_cpu():
-        default_args["block_size"] = 32  # of 128 otherwise, and only whole blocks are found again
+        default_args["block_size"] = 32  # else 128; the prefix cache has only whole blocks
     if unknown := sorted(set(options) - {field.name for field in fields(EngineArgs)}):
         raise ValueError(f"vLLM's engine has no argument {', '.join(unknown)}: vllm.EngineArgs lists those it has")
     if conflicting_args := sorted(set(options) & set(fixed_args)):
@@ -187,7 +188,7 @@ class VllmEngine(Engine):
     def __init__(self, model: UnifiedModel, folder: Path, options: dict[str, object]) -> None:
         super().__init__(model)
         self.local = any(name not in VLLM_GENERATORS for name in model.generators)
-        """Does the language model stay here too?"""
+        """Whether the language model stays in this process, too."""
         self._info = super().info()
         self.dtype = next(model.backbone.parameters()).dtype
         for weight in () if self.local else model.backbone.parameters():  # vLLM has its own
@@ -196,7 +197,7 @@ class VllmEngine(Engine):
             folder, self.dtype, model.max_length, options, features=model.vision_encoder is not None
         )
         vllm = self.llm.vllm_config
-        # what vLLM holds is the context now, which may be less than the model's
+        # the context is vLLM's now, which may be shorter than the model's
         model.backbone.lm.config.get_text_config().max_position_embeddings = vllm.model_config.max_model_len
         self.block: int = vllm.cache_config.block_size
         self.blocks: int = vllm.cache_config.num_gpu_blocks - 1  # one is vLLM's own
@@ -276,7 +277,7 @@ class VllmEngine(Engine):
         assert row.state is not None
         span, vocabulary, group = row.state.span, self.model.vocabulary, f"span{next(self._names)}"
         forbidden = list(self.model.generators["text"].forbidden_ids)
-        is_image = span.grid is not None  # a picture comes when it is finished, text as it is written
+        is_image = span.grid is not None  # an image comes when it is finished, text as it is generated
         segment = _SubmittedSegment([], branch_prompts(row, before))
         for branch, prompt in enumerate(segment.prompts):
             params = SamplingParams(
@@ -299,7 +300,7 @@ class VllmEngine(Engine):
         return segment
 
     def _read(self, prompt: list[int], spans: Sequence[PromptSpan]) -> object:
-        """A branch's prompt as vLLM reads it: ids, and vectors where spans say so."""
+        """A branch's prompt in vLLM's form: ids, and embeddings where spans have features."""
         from vllm.inputs.engine import embeds_input, tokens_input
 
         if not spans:
@@ -394,7 +395,7 @@ class VllmScheduler(Scheduler):
         self.engine.stop(self._submitted_segments.pop(number))
 
     @torch.inference_mode()
-    def step(self) -> list[tuple[int, Any]]:
+    def step(self) -> list[tuple[int, Part]]:
         """One step of vLLM for all spans that it writes, and one here for the others.
 
         Returns:
@@ -405,7 +406,7 @@ class VllmScheduler(Scheduler):
         }
         if updated_sequences:
             self._step_all(list(updated_sequences.values()))
-        # the other branches say the same as the first
+        # all branches have the same ids: the first stands for them
         number_of = {segment.names[0]: number for number, segment in self._submitted_segments.items() if segment.names}
         for name, output in self.engine.listen(list(number_of)) if number_of else ():
             number = number_of[name]

@@ -1,16 +1,16 @@
-"""Guided spans inside vLLM: what draws their ids, and what keeps the branches of one picture together.
+"""Guidance inside vLLM: a logits processor that samples the ids of spans, and a scheduler that keeps branches together.
 
-vLLM imports both by their names and knows nothing of pictures:
+vLLM imports both by their names:
 
     --logits-processors unigen.backends.vllm_guidance:GuidedSampler
     --scheduler-cls unigen.backends.vllm_guidance.GuidedScheduler
 
-A span is one request of vLLM's for each branch of guidance, all of temperature 0. What it needs stands in its
-`extra_args["unigen"]` (`serialize_segment`). `GuidedSampler` draws by the very functions of
-`unigen.generators.next_token`, from the span's own seed, and leaves one id to be chosen, the same for all branches.
-`GuidedScheduler` lets branches in together, lets them wait together, and drops what one made without the others, so
+A span is one request of vLLM's for each branch of guidance, all of temperature 0, with arguments in
+`extra_args["unigen"]` (`serialize_segment`). `GuidedSampler` samples by the functions of
+`unigen.generators.next_token`, from the span's own seed, and leaves one finite logit, the same for all branches.
+`GuidedScheduler` lets branches in together, lets them wait together, and drops ids that one made without the others, so
 that chunked prompts, a full cache and requests that arrive one after the other change nothing. Requests without
-`extra_args["unigen"]` are vLLM's own affair. Does not depend on: templates, tokenizers, the engine.
+`extra_args["unigen"]` run as vLLM runs them. Does not depend on: images, templates, tokenizers, the engine.
 
 Shapes: R rows of vLLM's batch, V ids.
 """
@@ -287,7 +287,7 @@ class GuidedScheduler(Scheduler):
         if self.scheduler_config.async_scheduling or self.vllm_config.speculative_config or self.connector is not None:
             raise ValueError("guided spans need vLLM without async scheduling, speculation and KV connectors")
         self.groups: dict[str, dict[int, str]] = {}
-        """Of spans of several branches: the request of each branch."""
+        """By span of several branches: the request of each branch."""
         self.group_by_request: dict[str, str] = {}
         self.group_size: dict[str, int] = {}
         self.num_dropped_ids = self.num_sibling_preemptions = 0
@@ -308,7 +308,7 @@ class GuidedScheduler(Scheduler):
         super().add_request(request)
 
     def _sibling_ids(self, request_id: str) -> list[str]:
-        """The other branches of its span that are here."""
+        """The requests of the other branches of its span."""
         group = self.groups.get(self.group_by_request.get(request_id, ""), {})
         return [sibling_id for sibling_id in group.values() if sibling_id != request_id]
 
@@ -334,12 +334,13 @@ class GuidedScheduler(Scheduler):
         try:
             return super().schedule(*args, **options)
         finally:
-            for request in reversed(list(self.waiting)):  # `prepend_requests` would turn their order round
+            for request in reversed(list(self.waiting)):  # `prepend_requests` would reverse their order
                 waiting_queue.prepend_request(request)
             self.waiting = waiting_queue
 
     def _preempt_siblings(self) -> set[str]:
-        """Preempt what runs while another branch of its span was preempted. Neither comes back in this step."""
+        """Preempt running requests of which another branch was preempted. Returns all of both, which wait in this
+        step."""
         preempted_ids: set[str] = set()
         for group in self.groups.values():
             requests = [self.requests[id] for id in group.values() if id in self.requests]
@@ -354,7 +355,7 @@ class GuidedScheduler(Scheduler):
         return preempted_ids
 
     def _admissible_requests(self, waiting: list[Request], held: set[str]) -> list[Request]:
-        """Who may begin now: first come, first served, and all branches of a span or none."""
+        """The requests that may begin now: first come, first served, and all branches of a span or none."""
         by_id = {request.request_id: request for request in waiting}
         room = self.max_num_running_reqs - len(self.running)
         admitted: dict[str, Request] = {}
@@ -440,7 +441,7 @@ class GuidedScheduler(Scheduler):
         return result
 
     def _remove_broken_groups(self) -> None:
-        """Spans of which a branch is gone: what is left would wait for it for ever."""
+        """Forget spans of which a branch is gone: the other branches would wait for it for ever."""
         for name, group in list(self.groups.items()):
             if any(id not in self.requests for id in group.values()):
                 for id in group.values():

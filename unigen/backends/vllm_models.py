@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 Weights = Iterable[tuple[str, Tensor]]
 BACKBONE_PREFIX = "backbone."
-"""Before the names of tensors in that folder of a model's, which are beside the language model's."""
+"""Prefix of the names of tensors in the model's folder `backbone`, beside the language model's tensors."""
 
 
 def register() -> None:
@@ -53,7 +53,7 @@ class HeadNorm(nn.Module):
     def __init__(self, heads: int, width: int) -> None:
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.ones(heads, width)), nn.Parameter(torch.zeros(heads, width))
-        for parameter in self.parameters():  # each process has its heads
+        for parameter in self.parameters():  # each process has a share of the heads
             set_weight_attrs(parameter, {"weight_loader": sharded_weight_loader(0)})
 
     def forward(self, x_LD: Tensor) -> Tensor:
@@ -168,7 +168,7 @@ class UnigenJanusForCausalLM(LlamaForCausalLM):
         return load_weights_strict(self, AutoWeightsLoader(self).load_weights, self._joined(weights))
 
     def _joined(self, weights: Weights) -> Iterator[tuple[str, Tensor]]:
-        """The tensors by their names here, those of codes as rows of the table."""
+        """The tensors by the names of this class; those of codes become rows of the embedding table."""
         table, code_weights = "model.embed_tokens.weight", dict[str, Tensor]()
         for name, tensor in weights:
             if name == table or name.startswith((f"{BACKBONE_PREFIX}table.", f"{BACKBONE_PREFIX}aligner.")):

@@ -130,7 +130,7 @@ def parse_text(value: str) -> str:
     """
     if not value.strip():
         raise argparse.ArgumentTypeError("it is empty; say in words what you want")
-    if any("\ud800" <= letter <= "\udfff" for letter in value):  # as Python has bytes of another encoding
+    if any("\ud800" <= letter <= "\udfff" for letter in value):  # Python's surrogates for bytes that are not UTF-8
         raise argparse.ArgumentTypeError("it is not in UTF-8; set the terminal to UTF-8, or write it anew")
     return value.strip()
 

@@ -125,7 +125,7 @@ class SceneDetector(nn.Module):
         self.color = nn.Conv2d(a * 2, len(config.colors), 1)
         self.background = nn.Sequential(nn.Linear(2 * a + 2 * c, 96), nn.SiLU(), nn.Linear(96, len(config.backgrounds)))
         assert self.heat.bias is not None
-        # every cell starts at 1% (RetinaNet's prior): the first steps stay sane
+        # every cell starts at 1% (RetinaNet's prior), which keeps the first losses small
         nn.init.constant_(self.heat.bias, -4.6)
         to_channels_last(self)
 

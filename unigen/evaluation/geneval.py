@@ -9,9 +9,9 @@ holds and no exclude clause does. Boxes are (x0, y0, x1, y1) in pixels, y downwa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NotRequired, Protocol, TypedDict
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 POSITION_SLACK = 0.1
@@ -19,6 +19,21 @@ MAX_PER_CLASS = 16
 RELATIONS = ("left of", "right of", "above", "below")
 
 Box = tuple[float, float, float, float]
+Clause = TypedDict(
+    "Clause", {"class": str, "count": int, "color": NotRequired[str], "position": NotRequired[Sequence[Any]]}
+)
+"""Objects of one class. position: the relation, and the index of the reference clause."""
+
+
+class Specification(TypedDict):
+    """The objects that an image is to have, and those that it is not to have."""
+
+    tag: str
+    """One of `TAGS`."""
+    include: list[Clause]
+    """Each class has at least `count` objects."""
+    exclude: NotRequired[list[Clause]]
+    """Each class has fewer than `count` objects."""
 
 
 class DetectedObject(Protocol):
@@ -98,7 +113,7 @@ class GenEvalResult:
     """The share of the clauses that hold, in [0, 1]: a denser reward."""
 
 
-def evaluate(spec: Mapping[str, Any], objects_by_class: Mapping[str, list[DetectedObject]]) -> GenEvalResult:
+def evaluate(spec: Specification, objects_by_class: Mapping[str, list[DetectedObject]]) -> GenEvalResult:
     """GenEval's verdict.
 
     Args:
@@ -142,7 +157,7 @@ def evaluate(spec: Mapping[str, Any], objects_by_class: Mapping[str, list[Detect
     return GenEvalResult(not reasons, "; ".join(reasons), num_satisfied / (len(groups) + len(spec.get("exclude", []))))
 
 
-def count_surplus_objects(spec: Mapping[str, Any], objects_by_class: Mapping[str, list[DetectedObject]]) -> int:
+def count_surplus_objects(spec: Specification, objects_by_class: Mapping[str, list[DetectedObject]]) -> int:
     """Count objects beyond what the include clauses ask for, of any class. The strict score fails an image with any.
 
     Args:

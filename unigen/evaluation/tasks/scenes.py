@@ -16,7 +16,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 import numpy as np
 from PIL import Image
@@ -46,7 +46,7 @@ from unigen.utils.option_types import COUNT
 # ---------------------------------------------------------------- prompts
 
 
-def geneval_spec(tag: str, facts: Facts) -> dict[str, Any]:
+def geneval_spec(tag: str, facts: Facts) -> geneval.Specification:
     """GenEval's specification of an image.
 
     Args:
@@ -56,11 +56,13 @@ def geneval_spec(tag: str, facts: Facts) -> dict[str, Any]:
     Returns:
         The clauses, as `geneval.evaluate` reads them. In "position" the reference (the second group) is clause 0.
     """
-    include: list[dict[str, Any]] = [{"class": name, "count": count} for name, _, count in facts.groups]
+    include: list[geneval.Clause] = [{"class": name, "count": count} for name, _, count in facts.groups]
     for clause, (_, color, _) in zip(include, facts.groups, strict=True):
         if color is not None:
             clause["color"] = color
-    exclude = [{"class": name, "count": count + 1} for name, _, count in facts.groups if tag == "counting"]
+    exclude: list[geneval.Clause] = [
+        {"class": name, "count": count + 1} for name, _, count in facts.groups if tag == "counting"
+    ]
     if facts.relation is not None:
         include = [include[1], include[0] | {"position": [facts.relation, 0]}]
     return {"tag": tag, "include": include, "exclude": exclude}
