@@ -158,11 +158,11 @@ class InferenceEngine(Protocol):
         """Answer a prompt.
 
         Args:
-            prompt: what is asked for.
-            output: what the answer is to hold.
-            n: how many answers, with seeds seed, seed + 1, ...
-            seed: of the answer's randomness; the same seed gives the same answer.
-            options: options of the generation.
+            prompt: the prompt.
+            output: kind of the answer.
+            n: number of answers, with seeds seed, seed + 1, ...
+            seed: seed of the answer; the same seed gives the same answer.
+            **options: options of the generation.
 
         Returns:
             A PIL image, a string, or a list of both for "interleaved" and "pair"; a list of n answers where n > 1.
@@ -198,13 +198,13 @@ class InferenceEngine(Protocol):
         **options: OptionValue,
     ) -> list[Answer]: ...
     def generate_batch(self, prompts, seeds=None, output="image", **options):  # type: ignore[no-untyped-def]
-        """One answer a prompt, each as `generate` gives it for that prompt and seed alone.
+        """One answer for each prompt, the same as that of `generate` for this prompt and seed alone.
 
         Args:
-            prompts: what is asked for.
+            prompts: the prompts.
             seeds: one for each prompt; None is 0, 1, ...
-            output: what the answers are to hold.
-            options: options of the generation.
+            output: kind of the answer.
+            **options: options of the generation.
 
         Returns:
             The answers, in the prompts' order.
@@ -226,14 +226,14 @@ class InferenceEngine(Protocol):
         """The answers of `generate_batch`, with records of their generation.
 
         Args:
-            prompts: what is asked for.
+            prompts: the prompts.
             seeds: one for each prompt; None is 0, 1, ...
-            output: what the answers are to hold.
-            record: what to keep beside ids and codes.
-            options: options of the generation.
+            output: kind of the answer.
+            record: what to record beside ids and codes.
+            **options: options of the generation.
 
         Returns:
-            One result a prompt, in the prompts' order.
+            One result for each prompt, in the prompts' order.
 
         Raises:
             ValueError: in one line, for bad input, and where the engine cannot record what is asked for.
@@ -246,10 +246,10 @@ class InferenceEngine(Protocol):
         """The parts of one answer, as they are generated.
 
         Args:
-            prompt: what is asked for.
-            output: what the answer is to hold.
-            seed: of the answer's randomness.
-            options: options of the generation.
+            prompt: the prompt.
+            output: kind of the answer.
+            seed: seed of the answer.
+            **options: options of the generation.
 
         Returns:
             Pieces of text, finished images, and before an image its previews, where the options request some.
@@ -265,10 +265,10 @@ class InferenceEngine(Protocol):
         """Describe an image, or answer a question about it.
 
         Args:
-            image: a path, a PIL image, or all else that `read_image` takes.
+            image: a path, a PIL image, or anything else that `read_image` takes.
             question: None asks for a caption.
-            seed: of the answer's randomness.
-            options: options of the generation; n > 1 gives a list.
+            seed: seed of the answer.
+            **options: options of the generation; n > 1 gives a list.
 
         Returns:
             The text.
@@ -284,10 +284,10 @@ class InferenceEngine(Protocol):
         """Change an image as an instruction says.
 
         Args:
-            image: a path, a PIL image, or all else that `read_image` takes.
+            image: a path, a PIL image, or anything else that `read_image` takes.
             instruction: what to change.
-            seed: of the image's randomness.
-            options: options of the generation.
+            seed: seed of the image.
+            **options: options of the generation.
 
         Returns:
             The changed image.
@@ -310,12 +310,12 @@ class InferenceEngine(Protocol):
         """Generate a part of an image anew; the rest of it stays.
 
         Args:
-            image: a path, a PIL image, or all else that `read_image` takes.
-            prompt: what the image is to show.
+            image: a path, a PIL image, or anything else that `read_image` takes.
+            prompt: what the image shall show.
             mask: of the image's size, white where to generate.
             variation: instead of a mask, the fraction in (0, 1] of the image, drawn at random, that is generated anew.
-            seed: of the image's randomness, and of the variation's.
-            options: options of the generation.
+            seed: seed of the image and of the variation.
+            **options: options of the generation.
 
         Returns:
             The image.
@@ -329,7 +329,7 @@ class InferenceEngine(Protocol):
         """The part of an image that inpainting is limited to: left, top, right, bottom in pixels.
 
         Args:
-            mask: as of `inpaint`.
+            mask: as for `inpaint`.
 
         Returns:
             The window where the mask marks pixels outside it, else None.
@@ -344,7 +344,7 @@ class InferenceEngine(Protocol):
         Args:
             text: a given text, which stays; None is generated.
             image: a given image, which stays as its codes; None is generated.
-            options: options of the generation; n > 1 gives a list.
+            **options: options of the generation; n > 1 gives a list.
 
         Returns:
             The text and the image.
@@ -394,7 +394,7 @@ class InferenceEngine(Protocol):
             prompt: the prompt.
             output: kind of the answer.
             seed: seed of the answer.
-            options: options of the generation.
+            **options: options of the generation.
 
         Raises:
             ValueError: in one line, for what `generate` would reject before it starts.
@@ -433,15 +433,15 @@ class BatchedEngine(InferenceEngine, Protocol):
         """Validate a request.
 
         Args:
-            prompt: what is asked for.
-            output: what the answer is to hold.
-            seed: of the answer's randomness.
+            prompt: the prompt.
+            output: kind of the answer.
+            seed: seed of the answer.
             candidates: number of answers that are generated, of which the best is kept.
             image: an image to be inpainted.
             mask: of the image's size, white where to generate.
             variation: instead of a mask, the fraction in (0, 1] of the image that is generated anew.
-            record: what to keep beside ids and codes.
-            options: options of the generation.
+            record: what to record beside ids and codes.
+            **options: options of the generation.
 
         Returns:
             The sequences to run, and how their answers become one.
