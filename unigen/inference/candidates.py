@@ -97,7 +97,7 @@ def select_best(
     """
     documents = [request.document for request in prepared]
     if prepared[0].requests[0].output == "image":
-        best = rerank_images(model, [str(document.segments[0].text) for document in documents], answers)
+        best = rerank_images(model, [str(document.segments[0].text) for document in documents], answers)  # type: ignore[arg-type]
         return [[image is chosen for image in row].index(True) for row, chosen in zip(answers, best, strict=True)]
     captions = [[str(text) for text in dict.fromkeys(row)] for row in answers]  # type: ignore[arg-type]
     return [

@@ -141,12 +141,12 @@ def build_request(
     if not isinstance(output, str) or output not in OUTPUTS:
         raise ValueError(f"unknown output {shorten(output)}: one of {', '.join(OUTPUTS)}")
     reject_unknown("a request", keywords, REQUEST_OPTIONS)
-    given = check_values(REQUEST_GROUPS, keywords)
+    call_options = check_values(REQUEST_GROUPS, keywords)
     groups = collect_given(options)
-    generator = choose_generator(model, output, {**groups.get(RequestOptions, {}), **given})
-    reject_unsupported(model, output, generator, given, groups)
-    resolved = resolve_options(model, output, generator, given, groups)
-    guided = {**groups.get(GuidanceOptions, {}), **groups.get(FlowOptions, {}), **given}
+    generator = choose_generator(model, output, {**groups.get(RequestOptions, {}), **call_options})
+    reject_unsupported(model, output, generator, call_options, groups)
+    resolved = resolve_options(model, output, generator, call_options, groups)
+    guided = {**groups.get(GuidanceOptions, {}), **groups.get(FlowOptions, {}), **call_options}
     guidance = resolve_guidance(model, generator, guided, resolved)
     resolved = OptionSet([*resolved, GuidanceOptions(guidance=guidance)])
     if FlowOptions in resolved:
@@ -230,15 +230,15 @@ def reject_unsupported(
     Raises:
         ValueError: an option is not taken.
     """
-    taken = model.generators.options(generator)
-    accepted = [*GENERAL_GROUPS, *taken, *([TextSampling] if output in WRITING else [])]
+    generator_groups = model.generators.options(generator)
+    accepted = [*GENERAL_GROUPS, *generator_groups, *([TextSampling] if output in WRITING else [])]
     if output == "text":  # no image is generated
         accepted += [GuidanceOptions, CodeSampling]
-    off = {name: declared.off for name, (_, declared) in merge_declared(REQUEST_GROUPS).items()}
+    off_values = {name: declared.off for name, (_, declared) in merge_declared(REQUEST_GROUPS).items()}
     names = {name: value for group, values in groups.items() if group not in accepted for name, value in values.items()}
     names |= {name: value for name, value in given.items() if name not in option_names(accepted)}
-    if unsupported := [name for name, value in names.items() if off[name] is None or value != off[name]]:
-        supported = ", ".join(option_names(taken))
+    if unsupported := [name for name, value in names.items() if off_values[name] is None or value != off_values[name]]:
+        supported = ", ".join(option_names(generator_groups))
         raise ValueError(f"{generator} does not take {', '.join(unsupported)}: leave that out (it takes {supported})")
 
 
@@ -258,8 +258,8 @@ def resolve_options(
         The groups, with a value for each option.
     """
     defaults = model.default_sampling.get(generator, {}), model.generators[generator].defaults
-    taken = (*GENERAL_GROUPS, *model.generators.options(generator))
-    resolved = [resolve(group, given, groups.get(group, {}), *defaults) for group in taken]
+    groups_taken = (*GENERAL_GROUPS, *model.generators.options(generator))
+    resolved = [resolve(group, given, groups.get(group, {}), *defaults) for group in groups_taken]
     if output in WRITING:
         text_given = {name: value for name, value in given.items() if name != "top_k" or output == "text"}
         default = {"temperature": INTERLEAVED_TEMPERATURE} if output == "interleaved" else {}

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,11 @@ from unigen.inference.results import Score
 from unigen.model.unified import UnifiedModel
 from unigen.samplers.guidance import Guidance
 from unigen.utils.numbers import NonFiniteError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    AnswerT = TypeVar("AnswerT")
 
 CAPTION_PROMPT = "describe this picture"
 """The question of a caption."""
@@ -93,9 +98,9 @@ def log_likelihood(
         codes = math.prod(model.image_tokenizer.grid) if costs_PT.shape[1] == 1 else 1
         total_D = total_D.index_add(0, number_BL[rows_P, start_P - 1], -codes * costs_PT.sum(1))
 
-    drawn = _drawn_images(model, batch)
-    if len(drawn):
-        rows_N1, positions_NM, log_probs_NM = _code_log_probs(model, sides, drawn, guidance, temperature)
+    image_indices_N = _drawn_images(model, batch)
+    if len(image_indices_N):
+        rows_N1, positions_NM, log_probs_NM = _code_log_probs(model, sides, image_indices_N, guidance, temperature)
         total_D = total_D.index_add(0, number_BL[rows_N1, positions_NM][:, 0], log_probs_NM.sum(-1))
     return total_D
 
@@ -135,8 +140,8 @@ def _text_log_probs(model: UnifiedModel, side: _EncodedBatch) -> tuple[Tensor, T
 
 def _drawn_images(model: UnifiedModel, batch: Batch) -> Tensor:
     """Indices (N,) of the images that are trained as codes in raster order."""
-    drawn = batch.images_of(model.template.context_generator).to(batch.spans_N3.device)
-    return drawn[batch.loss_BL[batch.spans_N3[drawn, 0], batch.spans_N3[drawn, 1]]]
+    image_indices_N = batch.images_of(model.template.context_generator).to(batch.spans_N3.device)
+    return image_indices_N[batch.loss_BL[batch.spans_N3[image_indices_N, 0], batch.spans_N3[image_indices_N, 1]]]
 
 
 def _code_log_probs(
@@ -189,9 +194,9 @@ def score_document(model: UnifiedModel, document: Document, per_token: bool = Fa
     log_probs_L = side.hidden_BLD.new_full((len(tokens),), math.nan, dtype=torch.float32)
     _, positions, text = _text_log_probs(model, side)
     log_probs_L[positions] = text
-    drawn = _drawn_images(model, batch)
-    if len(drawn):
-        _, positions_NM, codes_NM = _code_log_probs(model, [side], drawn)
+    image_indices_N = _drawn_images(model, batch)
+    if len(image_indices_N):
+        _, positions_NM, codes_NM = _code_log_probs(model, [side], image_indices_N)
         log_probs_L[positions_NM] = codes_NM
     scored_L = ~log_probs_L.isnan()
     log_probs_T = log_probs_L[scored_L].cpu()
@@ -226,13 +231,13 @@ def mutual_score(model: UnifiedModel, asked: Sequence[Document], texts: Sequence
     Returns:
         Scores (D,), in nats.
     """
-    answered_documents: list[Document] = []
-    drawn: list[Document] = []
+    captions: list[Document] = []
+    drawings: list[Document] = []
     for document, text in zip(asked, texts, strict=True):
         picture = next(segment.image for segment in document.segments if segment.image is not None)
-        answered_documents.append(Document([*document.segments, Segment(text=text, role="assistant")]))
-        drawn.append(Document([Segment(text=text), Segment(image=picture, role="assistant")]))
-    return _unpacked_log_likelihood(model, answered_documents) + weight * _unpacked_log_likelihood(model, drawn)
+        captions.append(Document([*document.segments, Segment(text=text, role="assistant")]))
+        drawings.append(Document([Segment(text=text), Segment(image=picture, role="assistant")]))
+    return _unpacked_log_likelihood(model, captions) + weight * _unpacked_log_likelihood(model, drawings)
 
 
 @torch.inference_mode()
@@ -253,7 +258,7 @@ def rerank_captions(model: UnifiedModel, asked: Sequence[Document], captions: Se
 
 
 @torch.inference_mode()
-def rerank_images(model: UnifiedModel, words: Sequence[str], pictures: Sequence[Sequence[Any]]) -> list[Any]:
+def rerank_images(model: UnifiedModel, words: Sequence[str], pictures: Sequence[Sequence[Image]]) -> list[Image]:
     """The best image of each text; the first of equals.
 
     Args:
@@ -275,7 +280,7 @@ def rerank_images(model: UnifiedModel, words: Sequence[str], pictures: Sequence[
     )
 
 
-def _argmax_per_group(answers: Sequence[Sequence[Any]], scores: Tensor, dtype: torch.dtype) -> list[Any]:
+def _argmax_per_group(answers: Sequence[Sequence[AnswerT]], scores: Tensor, dtype: torch.dtype) -> list[AnswerT]:
     """Of each row the answer of the highest score.
 
     Raises:

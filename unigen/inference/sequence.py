@@ -74,10 +74,10 @@ def record_segment(sequence: SequenceState, state: GenerationState) -> None:
         sequence: changed in place.
         state: of the segment.
     """
-    record, wanted = sequence.record, sequence.request.record
+    record, requested_record = sequence.record, sequence.request.record
     record.token_ids += state.drawn_ids
     record.logprobs += state.logprobs
-    if wanted.latents and state.latents is not None:
+    if requested_record.latents and state.latents is not None:
         record.latents.append(state.latents.cpu())
     if state.recorded_trajectory is not None:
         record.trajectories.append(TrajectoryRecord(*state.recorded_trajectory))

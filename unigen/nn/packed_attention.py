@@ -104,7 +104,7 @@ class DocumentGroups:
     ) -> Tensor:
         """Attention output (B, L, H, E)."""
         batch, heads, length, width = query_BHLE.shape
-        grouped = key_BKLE.shape[1] != heads
+        grouped_heads = key_BKLE.shape[1] != heads
         sizes = [count * longest for count, longest, _ in self.groups]
         parts = [
             x.transpose(1, 2).flatten(0, 1).index_select(0, self.gather_index).split(sizes)
@@ -113,12 +113,12 @@ class DocumentGroups:
         output = []
         for (count, longest, hidden_N1LL), *qkv in zip(self.groups, *parts, strict=True):
             q, k, v = (x.unflatten(0, (count, longest)).transpose(1, 2) for x in qkv)
-            if query_BHLE.is_cpu and not grouped:
+            if query_BHLE.is_cpu and not grouped_heads:
                 output_NHLE = explicit_attention(q, k, v, hidden_N1LL, scaling or width**-0.5, dropout)
             else:
                 mask_arguments = {"is_causal": True} if hidden_N1LL is None else {"attn_mask": ~hidden_N1LL}
                 output_NHLE = scaled_dot_product_attention(
-                    q, k, v, dropout_p=dropout, scale=scaling, enable_gqa=grouped, **mask_arguments
+                    q, k, v, dropout_p=dropout, scale=scaling, enable_gqa=grouped_heads, **mask_arguments
                 )
             output.append(output_NHLE.transpose(1, 2).flatten(0, 1))
         output.append(query_BHLE.new_zeros(1, heads, width))  # the output at padding
@@ -169,11 +169,11 @@ class FlexDocuments:
         if dropout:
             dense = MaskedDocuments(self.segments_BL, self.attend_until_BL)
             return dense.attend(query_BHLE, key_BKLE, value_BKLE, scaling, dropout)
-        width, grouped = query_BHLE.shape[-1], key_BKLE.shape[1] != query_BHLE.shape[1]
+        width, grouped_heads = query_BHLE.shape[-1], key_BKLE.shape[1] != query_BHLE.shape[1]
         missing = max(0, MIN_FLEX_WIDTH - width)
         q, k, v = (pad(x, (0, missing)) if missing else x for x in (query_BHLE, key_BKLE, value_BKLE))
         output_BHLE = _flex_attention(q.is_cuda)(
-            q, k, v, block_mask=self.block_mask, scale=scaling or width**-0.5, enable_gqa=grouped
+            q, k, v, block_mask=self.block_mask, scale=scaling or width**-0.5, enable_gqa=grouped_heads
         )
         return output_BHLE[..., :width].transpose(1, 2).contiguous()
 

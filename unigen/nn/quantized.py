@@ -93,11 +93,11 @@ def _replace_linears(module: nn.Module, kind: str, device: str | torch.device) -
         linears[name].__class__ = nn.Linear
     replace_with_bnb_linear(module, skipped, BitsAndBytesConfig(**bnb_options))
     count = 0
-    for name, new in module.named_modules():
-        old: Any = old_modules.pop(name)  # so that no two of them are held at once
-        if new is not old:
-            quantized_OI = type(new.weight)(old.weight.detach(), requires_grad=False, **vars(new.weight))
-            new.weight, new.bias = quantized_OI.to(device), old.bias
+    for name, layer in module.named_modules():
+        old_layer: Any = old_modules.pop(name)  # so that no two of them are held at once
+        if layer is not old_layer:
+            quantized_OI = type(layer.weight)(old_layer.weight.detach(), requires_grad=False, **vars(layer.weight))
+            layer.weight, layer.bias = quantized_OI.to(device), old_layer.bias
             count += 1
     return count
 

@@ -113,16 +113,16 @@ def _fused_view(weights: Sequence[Tensor]) -> Tensor | None:
     """The weights as one tensor, where each begins in memory where the one before it ends; else None. The result of the
     check is cached until a weight moves."""
     first_weight, begins = weights[0], [weight.data_ptr() for weight in weights]
-    known: tuple[list[int], tuple[int, int]] | None = getattr(first_weight, "_fused", None)
-    if known is None or known[0] != begins:
+    cached_view: tuple[list[int], tuple[int, int]] | None = getattr(first_weight, "_fused", None)
+    if cached_view is None or cached_view[0] != begins:
         rows, width = 0, first_weight.shape[1]
         for begin, weight in zip(begins, weights, strict=True):
             is_compatible = weight.shape[1] == width and weight.dtype == first_weight.dtype and weight.is_contiguous()
             if not is_compatible or begin != begins[0] + rows * width * weight.itemsize:
                 return None
             rows += len(weight)
-        known = first_weight._fused = begins, (rows, width)  # type: ignore[attr-defined]
-    rows, width = known[1]
+        cached_view = first_weight._fused = begins, (rows, width)  # type: ignore[attr-defined]
+    rows, width = cached_view[1]
     if (first_weight.storage_offset() + rows * width) * first_weight.itemsize > first_weight.untyped_storage().nbytes():
         return None  # adjacent by chance: another storage
     return first_weight.as_strided((rows, width), (width, 1))

@@ -275,7 +275,7 @@ class InferenceLlama(nn.Module):
         self.to_transformers().save_pretrained(folder)
 
 
-CONFIG_DEFAULTS: dict[str, Any] = {
+CONFIG_DEFAULTS: dict[str, object] = {
     "model_type": "llama",
     "num_key_value_heads": None,
     "head_dim": None,
