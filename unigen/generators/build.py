@@ -37,7 +37,7 @@ def build_generator(name: str, context: BuildContext) -> Generator:
     return generator
 
 
-def load_generator(folder: Path, context: BuildContext) -> Any:
+def load_generator(folder: Path, context: BuildContext) -> Generator:
     """Load a generator with weights.
 
     Args:
@@ -60,7 +60,7 @@ def load_generator(folder: Path, context: BuildContext) -> Any:
     return head
 
 
-def load_generator_lazily(folder: Path, context: BuildContext) -> Any:
+def load_generator_lazily(folder: Path, context: BuildContext) -> Generator:
     """`load_generator` for a factory that runs after the model is loaded: errors name the folder.
 
     Args:

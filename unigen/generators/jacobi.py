@@ -77,7 +77,7 @@ def step(model: GeneratorModel, state: SpeculativeState, hidden: list[Tensor]) -
         prefix_lengths.append(prefix_lengths[-1] + len(ids))
     from_end = (
         torch.tensor(prefix_lengths, device=hidden[0].device) - prefix_lengths[-1] - 1
-    )  # from the end: a prompt may open the picture
+    )  # from the end: a prompt may open the image
     parts = [
         model.logits(states_LD[from_end], vocabulary.image_start, vocabulary.image_stop).float() for states_LD in hidden
     ]

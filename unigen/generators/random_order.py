@@ -1,6 +1,6 @@
 """Next-token prediction in a random order: each image's codes are learnt, and sampled, in an order of their own.
 
-    p(x) = prod_i p(x_o(i) | x_o(<i), o(1..i), context),   loss = - sum_i log p(..)      o drawn anew for every picture
+    p(x) = prod_i p(x_o(i) | x_o(<i), o(1..i), context),   loss = - sum_i log p(..)      o drawn for every image
 
 Pannatier et al. 2024 (sigma-GPT, arXiv 2404.09562), section 3: step i reads the code of the last step with its
 position, and the position that comes next; its state predicts the code there (no shift). Given codes come first in the

@@ -1,7 +1,7 @@
 """Inpainting: which codes of an image stay, and how the generated image is pasted into the original.
 
-    options, composite = prepare_inpainting(model, picture, mask, None, {"guidance": 3.0})
-    painted = composite(engine.generate("a red hat", **options))
+    options, composite = prepare_inpainting(model, image, mask, None, {"guidance": 3.0})
+    inpainted = composite(engine.generate("a red hat", **options))
 
 A code is generated anew where the mask touches its pixels, or where the family's own rule says so. The generated image
 is scaled to the original's size. Pixels that are not marked stay those of the original, without a reconstruction by

@@ -236,7 +236,7 @@ class InferenceEngine(Protocol):
             One result for each prompt, in the prompts' order.
 
         Raises:
-            ValueError: in one line, for bad input, and where the engine cannot record what is asked for.
+            ValueError: in one line, for bad input, and where the engine cannot record all of `record`.
         """
         ...
 

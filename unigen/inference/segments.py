@@ -207,7 +207,7 @@ def _start_image(model: UnifiedModel, sequence: SequenceState) -> None:
     sequence.pending_ids = [sequence.pending_ids[0], *(prompt.ids for prompt in others)]
     sequence.prompt_spans = [sequence.prompt_spans[0], *(prompt.spans for prompt in others)]
     sequence.generator = model.generators[request.generator]
-    begin = model.template.begin_ids.get(request.generator)  # None where the prompt opens the picture
+    begin = model.template.begin_ids.get(request.generator)  # None where the prompt opens the image
     layout = model.template.layout(request.grid)
     fixed = request.options[Inpainting].fixed_codes
     if fixed is not None:

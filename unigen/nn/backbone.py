@@ -1,6 +1,6 @@
 """The backbone: any decoder-only `transformers` model, driven as (embeddings, positions, mask, cache) -> hidden states.
 
-We own masks, positions and what is cached; the model owns its blocks. Does not depend on: vocabularies, images,
+This class owns masks, positions and the cache; the model owns its blocks. Does not depend on: vocabularies, images,
 losses, sampling.
 
 Shapes: B rows, L positions of a step, D width, K positions of the cache.

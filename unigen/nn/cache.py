@@ -114,7 +114,7 @@ class SlotCache:
         self.step: _StepPlan
         self.layers = [_SlotLayer(self) for _ in range(layers)]
 
-    # ---------------------------------------------------------------- what transformers' decoders call
+    # ---------------------------------------------------------------- methods that transformers' decoders call
 
     is_compileable = False
 
