@@ -1,4 +1,4 @@
-"""What the server and the model's process send to each other: jobs one way, their events the other.
+"""The messages between the server and the model's process: jobs one way, their events the other.
 
     Job(Document.of("two apples"), "image", {"seed": 3})  ->  Started, Part, Finished     (or Rejected, or Error)
 
@@ -25,7 +25,9 @@ class Job:
     """One answer that is to be generated."""
 
     prompt: Document
+    """The prompt, text and images."""
     output: Output
+    """What the answer is: "text", "image" and the like."""
     options: dict[str, Any] = field(default_factory=dict)
     """Keywords of `Engine.generate`."""
     stop: tuple[str, ...] = ()
@@ -65,6 +67,7 @@ class Part:
     """A piece of text or a finished image."""
 
     content: str | Image.Image
+    """The text or the image."""
 
 
 @dataclass
@@ -87,6 +90,7 @@ class Rejected:
     """The job asks for something that is not possible; nothing was generated."""
 
     message: str
+    """The reason, in one line."""
 
 
 @dataclass
@@ -94,6 +98,7 @@ class Error:
     """A fault that is not the job's own."""
 
     message: str
+    """What has failed, in one line."""
     again: bool = True
     """Whether the same job may succeed when it is sent again."""
 
@@ -137,12 +142,14 @@ class ServedModelInfo(TypedDict, total=False):
     sizes: str
     """ "any", or "this one": `image_size` alone."""
     image_size: int
+    """Pixels along a side of the images."""
 
 
 class JobEngine(Protocol):
     """What the server needs of the model: `process.EngineProcess` satisfies it."""
 
     info: ServedModelInfo
+    """Description of the model; empty before it is loaded."""
     ready: asyncio.Event
     """Set while the model is loaded."""
     max_jobs: int
@@ -150,6 +157,7 @@ class JobEngine(Protocol):
     num_starts: int
     """How often the model's process was started."""
     stats: Stats
+    """What the model's process is doing."""
 
     @property
     def unavailable_reason(self) -> str | None:
@@ -164,6 +172,7 @@ class JobEngine(Protocol):
 
         Yields:
             Its events, the last one `Finished`, `Rejected` or `Error`. Closing the generator drops the job.
+
         Raises:
             QueueFull: too many jobs wait.
             ModelUnavailable: the model is being loaded.

@@ -214,6 +214,7 @@ class EngineProcess:
 
         Yields:
             Its events, the last one `Finished`, `Rejected` or `Error`. Closing the generator drops the job.
+
         Raises:
             QueueFull: `max_jobs` jobs run and wait.
             ModelUnavailable: the model is not loaded.

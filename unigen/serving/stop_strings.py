@@ -1,4 +1,4 @@
-"""Texts before which an answer ends, found in a text that comes piece by piece.
+"""Stop strings, texts before which an answer ends, found in a text that is streamed piece by piece.
 
     words = StopStringFilter(("END",))
     words.feed("one E"), words.feed("ND two"), words.end()      # "one", "", ""
@@ -10,17 +10,20 @@ from __future__ import annotations
 
 
 class _StopStringMatcher:
-    """Finds a text in another that comes character by character, in steps as many as characters, however long it is
-    (Knuth, Morris and Pratt). begun: how many of its characters the other ends with."""
+    """Finds a stop string in a stream of characters, in constant time per character (Knuth, Morris and Pratt).
+
+    Args:
+        text: the stop string, with at least one character.
+    """
 
     def __init__(self, text: str) -> None:
-        self.text, self.begun = text, 0
-        self._failure_table = [0]  # for each begin of the text, but the empty one: the longest one that it ends with
+        self.text, self.begun = text, 0  # `begun`: characters of the stop string with which the stream ends
+        self._failure_table = [0]  # for each prefix of the text: length of the longest other prefix that it ends with
         for character in text[1:]:
             self._failure_table.append(self._next(self._failure_table[-1], character))
 
     def feed(self, character: str) -> bool:
-        """Is it whole with this character?"""
+        """Add a character, and return whether the stream ends with the stop string."""
         if self.begun == len(self.text):
             self.begun = self._failure_table[-1]
         self.begun = self._next(self.begun, character)
@@ -33,16 +36,27 @@ class _StopStringMatcher:
 
 
 class StopStringFilter:
-    """A text as it is shown: without blanks at its ends, and without what follows a stop.
+    """Streams a text without blanks at its ends, and up to a stop string.
 
-    What may yet turn out to be the begin of a stop, or blanks at the end, is held back until more is known."""
+    What may be the beginning of a stop string, or blanks at the end, is held back until more text has come.
+
+    Args:
+        stops: the stop strings.
+    """
 
     def __init__(self, stops: tuple[str, ...] = ()) -> None:
         self.stops = [_StopStringMatcher(stop) for stop in stops]
         self.held, self.shown, self.stopped = "", False, False
 
     def feed(self, piece: str) -> str:
-        """What of the text is sure to be shown now; nothing more after a stop."""
+        """Add a piece of text.
+
+        Args:
+            piece: of any length.
+
+        Returns:
+            The text that can be shown now; "" after a stop string.
+        """
         if self.stopped:
             return ""
         if not self.held and not self.shown:
@@ -55,14 +69,14 @@ class StopStringFilter:
                 return self.end()
         self.held += piece
         match_length = max((stop.begun for stop in self.stops), default=0)
-        said = self.held[: len(self.held) - match_length].rstrip()
-        self.held = self.held[len(said) :]
-        self.shown |= bool(said)
-        return said
+        text = self.held[: len(self.held) - match_length].rstrip()
+        self.held = self.held[len(text) :]
+        self.shown |= bool(text)
+        return text
 
     def end(self) -> str:
-        """What is left when the text ends."""
-        said, self.held, self.shown = self.held.rstrip(), "", False
+        """Return the text that was held back, at the end of a text, and start a new text."""
+        text, self.held, self.shown = self.held.rstrip(), "", False
         for stop in self.stops:
             stop.begun = 0
-        return said
+        return text

@@ -1,10 +1,10 @@
-"""The process that holds a model and answers jobs: they join while others run, and leave when they end or are dropped.
+"""The worker: it holds a model and answers jobs, which join while others run and leave when they end or are dropped.
 
     receiver, sender: the end of a pipe and a `process.EventSender` (the server holds the other ends)
     run_worker(receiver, sender, {"name": "unigen-tiny"}, slots=32)
 
-Knows engines, jobs and pipes; does not depend on HTTP. What a job says wrong is a `Rejected` in one line; what goes
-wrong while jobs run together is an `Error` for each of them, and the next ones are answered.
+A job that is not valid gets a `Rejected` in one line. A failure while jobs run together is an `Error` for each of them,
+and the next ones are answered. Does not depend on: HTTP.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import traceback
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from PIL import Image
 
@@ -27,29 +27,37 @@ from unigen.serving.jobs import Error, Event, Finished, Job, Part, Ready, Reject
 from unigen.serving.stop_strings import StopStringFilter
 from unigen.utils.numbers import NonFiniteError
 
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
+    AnswerPart: TypeAlias = str | Image.Image | Preview
+
 
 @dataclass
 class _ActiveJob:
-    """A job on its way."""
+    """A job that is being answered."""
 
     job: Job
+    """The job."""
     words: StopStringFilter
-    """Its text as it is shown."""
+    """The text of the answer, up to a stop string."""
     prepared: PreparedRequest | None = None
-    """Its sequences, where it is batched."""
+    """The sequences of the job; None where the engine is not batched."""
     candidate_parts: dict[int, list[Any]] = field(default_factory=dict)
-    """What each of several candidates has generated, by its number in the batch."""
+    """Parts that each of several candidates has generated, by sequence id."""
     candidate_usage: dict[int, Usage] = field(default_factory=dict)
-    """How many tokens each of them took, by its number in the batch, when it has ended."""
+    """Token counts of each candidate that has ended, by sequence id."""
 
     @property
     def has_candidates(self) -> bool:
+        """Whether the answer is the best of several candidates."""
         return self.prepared is not None and len(self.prepared.requests) > 1
 
-    def events(self, part: str | Image.Image | Preview) -> Iterator[Event]:
+    def events(self, part: AnswerPart) -> Iterator[Event]:
+        """Yield the events of a generated part."""
         if isinstance(part, str):
-            if said := self.words.feed(part):
-                yield Part(said)
+            if text := self.words.feed(part):
+                yield Part(text)
             return
         yield from self.rest()
         composite = identity if self.prepared is None else self.prepared.composite
@@ -59,7 +67,7 @@ class _ActiveJob:
             yield Part(composite(part))
 
     def best_events(self, engine: BatchedEngine) -> Iterator[Event]:
-        """The events of the best candidate. The tokens of all candidates are the answer's."""
+        """Yield the events of the best candidate. Its usage counts the tokens of all candidates."""
         assert self.prepared is not None
         numbers = sorted(self.candidate_usage)
         answers = [self._join_parts(number) for number in numbers]
@@ -75,54 +83,71 @@ class _ActiveJob:
         )
         yield to_finished("length" if truncated else "stop", total)
 
-    def _join_parts(self, number: int) -> Any:
+    def _join_parts(self, number: int) -> str | Image.Image:
         parts = self.candidate_parts.get(number, [])
         return "".join(parts).strip() if all(isinstance(part, str) for part in parts) else parts[0]
 
     def rest(self) -> Iterator[Event]:
-        if said := self.words.end():
-            yield Part(said)
+        """Yield the text that was held back, at the end of a text."""
+        if text := self.words.end():
+            yield Part(text)
 
 
 def to_rejection(error: ValueError) -> Rejected | Error:
-    """In one line. Numbers that are not finite are a fault of the model's and not of the job's."""
+    """Convert an error to an event with one line. Values that are not finite are the model's fault: an `Error`."""
     line = " ".join(str(error).split())
     return Error(line, again=False) if isinstance(error, NonFiniteError) else Rejected(line)
 
 
 def to_finished(reason: str, usage: Usage) -> Finished:
+    """Make the last event of an answer.
+
+    Args:
+        reason: "stop" or "length".
+        usage: token counts of the answer.
+    """
     return Finished(reason, usage.prompt_tokens, usage.text_tokens, usage.image_tokens, usage.image_prompt_tokens)
 
 
 class _BaseWorker:
-    """Jobs that wait for an engine, by number, and what it has done."""
+    """A queue of jobs with their ids, and the count and time of the engine's steps."""
 
     def __init__(self) -> None:
         self.waiting: deque[tuple[int, Job]] = deque()
         self.steps, self.seconds = 0, 0.0
 
     def ask(self, number: int, job: Job) -> None:
+        """Add a job to the queue."""
         self.waiting.append((number, job))
 
     def drop(self, number: int) -> None:
+        """Drop a job, whether it waits or runs."""
         self.waiting = deque(entry for entry in self.waiting if entry[0] != number)
 
 
 class BatchedWorker(_BaseWorker):
-    """Answers with a batched engine: all jobs that there are slots for, in one batch. slots: sequences in the cache, of
-    which a job with guidance takes one a branch."""
+    """Answers with a batched engine: all jobs that there are slots for, in one batch.
+
+    Args:
+        engine: the engine.
+        slots: number of sequences in the cache. A job takes one for each candidate and each branch of guidance.
+    """
 
     def __init__(self, engine: BatchedEngine, slots: int) -> None:
         super().__init__()
         self.engine, self.slots, self.running = engine, slots, engine.new_scheduler()
-        self.next: tuple[int, _ActiveJob] | None = None  # checked, and waits for slots
-        self.answers: dict[int, tuple[int, int, _ActiveJob]] = {}  # by number in the batch: number of the job, slots
+        self.next: tuple[int, _ActiveJob] | None = None
+        """A job that is prepared and waits for slots, with its id."""
+        self.answers: dict[int, tuple[int, int, _ActiveJob]] = {}
+        """By sequence id: job id, slots, and the job."""
 
     @property
     def busy(self) -> bool:
+        """Whether a job runs or waits."""
         return bool(self.answers or self.waiting or self.next)
 
     def drop(self, number: int) -> None:
+        """Drop a job, whether it waits or runs, with all its sequences."""
         super().drop(number)
         if self.next and self.next[0] == number:
             self.next = None
@@ -134,6 +159,11 @@ class BatchedWorker(_BaseWorker):
             del self.answers[row]
 
     def step(self) -> Iterator[tuple[int, Event]]:
+        """Admit jobs and do one step of the batch.
+
+        Yields:
+            Events, each with the id of its job.
+        """
         yield from self._admit()
         if not self.answers:
             return
@@ -177,11 +207,11 @@ class BatchedWorker(_BaseWorker):
                 yield number, to_finished("length" if usage.truncated else "stop", usage)
 
     def _failure_events(self) -> Iterator[tuple[int, Event]]:
-        """Failures of the jobs of which a row had to be given up; their other rows are dropped."""
+        """Yield an error for each job with a failed sequence; its other sequences are dropped."""
         for row, error in self.running.failed.items():
             if row in self.answers:
                 number = self.answers[row][0]
-                for sequence_id in [at for at, (job, *_) in self.answers.items() if job == number]:
+                for sequence_id in [index for index, (job, *_) in self.answers.items() if job == number]:
                     del self.answers[sequence_id]
                     if sequence_id in self.running:
                         self.running.abort(sequence_id)
@@ -199,13 +229,14 @@ class BatchedWorker(_BaseWorker):
         yield from ((number, event) for event in events)
 
     def load(self) -> Stats:
+        """Return what the worker is doing."""
         rows = sum(slots for _, slots, _ in self.answers.values())
         waiting = len(self.waiting) + (self.next is not None)
         running = len({number for number, *_ in self.answers.values()})
         return Stats(running, waiting, rows, self.running.num_cached_tokens, self.steps, self.seconds)
 
     def _admit(self) -> Iterator[tuple[int, Event]]:
-        """Jobs in the order in which they came, as long as there are slots."""
+        """Start jobs in the order of their arrival, as long as there are slots; yield an event for each."""
         while self.next or self.waiting:
             if not self.next:
                 number, job = self.waiting.popleft()
@@ -221,27 +252,30 @@ class BatchedWorker(_BaseWorker):
             number, answer = self.next
             assert answer.prepared is not None
             requests = answer.prepared.requests
-            need = 1 if answer.job.output == "text" else requests[0].guidance.branches
-            if self.answers and need * len(requests) + sum(slots for _, slots, _ in self.answers.values()) > self.slots:
+            branches = 1 if answer.job.output == "text" else requests[0].guidance.branches
+            if (
+                self.answers
+                and branches * len(requests) + sum(slots for _, slots, _ in self.answers.values()) > self.slots
+            ):
                 return
             self.next = None
             try:
                 for request in requests:
-                    self.answers[self.running.add_request(request)] = number, need, answer
+                    self.answers[self.running.add_request(request)] = number, branches, answer
             except ValueError as error:
                 self._abort_sequences(number)
                 yield number, to_rejection(error)
                 continue
-            except Exception as error:  # such as a GPU without memory for its pictures
+            except Exception as error:  # such as a GPU without memory for the images of the job
                 traceback.print_exc()
                 self._abort_sequences(number)
                 yield number, Error(f"{type(error).__name__} before it was answered")
                 continue
-            chosen = {"candidates": len(requests)} if answer.has_candidates else {}
-            yield number, Started(answer.prepared.settings | chosen)
+            candidates = {"candidates": len(requests)} if answer.has_candidates else {}
+            yield number, Started(answer.prepared.settings | candidates)
 
     def _prepare(self, job: Job) -> _ActiveJob:
-        """The job's sequences, one a candidate."""
+        """Prepare the sequences of a job, one for each candidate. ValueError for a job that is not valid."""
         options = job.options | ({"previews": job.previews} if job.candidates == 1 else {})
         prepared = self.engine.prepare(
             job.prompt,
@@ -256,25 +290,36 @@ class BatchedWorker(_BaseWorker):
 
 
 class SequentialWorker(_BaseWorker):
-    """Answers with an engine that is not batched, a pipeline or a composed model: one job after the other, each by its
-    stream."""
+    """Answers with an engine that is not batched, such as a pipeline or a composed model: one job after the other.
+
+    Args:
+        engine: the engine, whose `stream` gives the answers.
+    """
 
     def __init__(self, engine: InferenceEngine) -> None:
         super().__init__()
         self.engine = engine
-        self.now: tuple[int, Iterator[Any], _ActiveJob] | None = None
+        self.now: tuple[int, Iterator[AnswerPart], _ActiveJob] | None = None
+        """The job that runs: its id, the parts of its answer, and the job."""
 
     @property
     def busy(self) -> bool:
+        """Whether a job runs or waits."""
         return bool(self.now or self.waiting)
 
     def drop(self, number: int) -> None:
+        """Drop a job, whether it waits or runs."""
         super().drop(number)
         if self.now and self.now[0] == number:
             self.now = None
 
     def step(self) -> Iterator[tuple[int, Event]]:
-        if not self.busy:  # what was asked has been dropped
+        """Generate the next part of the job that runs, or start the next job.
+
+        Yields:
+            Events, each with the id of its job.
+        """
+        if not self.busy:  # the jobs have been dropped
             return
         if not self.now:
             number, job = self.waiting.popleft()
@@ -307,18 +352,19 @@ class SequentialWorker(_BaseWorker):
             yield number, Finished("stop")
 
     def load(self) -> Stats:
+        """Return what the worker is doing."""
         return Stats(int(bool(self.now)), len(self.waiting), int(bool(self.now)), 0, self.steps, self.seconds)
 
     def _settings(self, job: Job) -> dict[str, Any]:
-        """What pictures and text are drawn with, as far as it is known."""
+        """Return the options of a job with the engine's defaults, as far as these are known."""
         defaults = {} if job.output == "text" else self.engine.default_options("image", job.options)
         if job.output != "image":
-            given = {name: job.options[name] for name in ("temperature", "top_p") if job.options.get(name) is not None}
-            defaults["text"] = self.engine.default_options("text", given) | given
+            options = {key: job.options[key] for key in ("temperature", "top_p") if job.options.get(key) is not None}
+            defaults["text"] = self.engine.default_options("text", options) | options
         return defaults | job.options
 
     def _parts(self, job: Job) -> Iterator[Any]:
-        """The parts of the answer; its options are checked when the first is taken."""
+        """Yield the parts of the answer. The options of the job are checked when the first is taken."""
         if job.around is None:
             yield from self.engine.stream(job.prompt, output=job.output, **job.options)
         else:
@@ -326,13 +372,21 @@ class SequentialWorker(_BaseWorker):
 
 
 def prompt_text(document: Document) -> str:
-    """The words of a document."""
+    """Join the texts of a document by spaces."""
     return " ".join(segment.text for segment in document.segments if segment.text)
 
 
-def run_worker(receiver: Any, sender: Any, source: dict[str, Any], slots: int) -> None:
-    """Load a model and answer until the other end is closed. source: of `unigen.load`. A model that cannot be loaded is
-    a `Rejected` for no job."""
+def run_worker(receiver: Connection, sender: Any, source: dict[str, Any], slots: int) -> None:
+    """Load a model, and answer jobs until the other end of the pipe is closed.
+
+    A model that cannot be loaded is a `Rejected` without a job id.
+
+    Args:
+        receiver: jobs with their ids; None instead of a job drops it.
+        sender: a `process.EventSender`, which takes events with the ids of their jobs.
+        source: keywords of `unigen.load`.
+        slots: number of sequences that are generated at a time.
+    """
     try:
         from unigen import loading
 
@@ -345,14 +399,14 @@ def run_worker(receiver: Any, sender: Any, source: dict[str, Any], slots: int) -
     last_stats_time = time.monotonic()
     try:
         while True:
-            receiver.poll(0 if worker.busy else None)  # wait where there is nothing to do
+            receiver.poll(0 if worker.busy else None)  # without a job, wait for one
             while receiver.poll():
                 number, job = receiver.recv()
                 if job is None:
                     worker.drop(number)
                 else:
                     worker.ask(number, job)
-                del job  # else its pictures are held until the next one comes
+                del job  # else its images are held until the next job comes
             sender.step = time.monotonic()
             for number, event in worker.step():
                 sender.send((number, event))
