@@ -27,7 +27,7 @@ from unigen.document import Document
 from unigen.hub.folders import replacing_folder
 from unigen.media import output
 from unigen.media.output import markdown_code, write_story
-from unigen.model import unified
+from unigen.model import saving
 from unigen.utils.disk import check_folder, disk_errors
 
 LONGEST = 255
@@ -315,7 +315,7 @@ def test_a_full_disk_while_a_model_is_converted(
         "ours": RuntimeError("a bug"),
     }
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(unified, "write_tensors", raised(kinds[error]))
+    monkeypatch.setattr(saving, "write_tensors", raised(kinds[error]))
     if error == "ours":
         with pytest.raises(RuntimeError, match="a bug"):
             main(["convert", str(tiny_folder), "-o", "new"])

@@ -402,7 +402,7 @@ def drawn(engine: Any, options: dict[str, Any], **mistakes: Any) -> tuple[list[i
         steps.append(logits_NV[list(PLACES)].clone())
         write(state, number, logits_NV, first)
 
-    with patch.multiple(generator, _write=watched, create=True, **mistakes):
+    with patch.multiple(generator, _unmask=watched, create=True, **mistakes):
         for words in PROMPTS:
             request = engine.request(words, "image", **options)
             list(engine.run([request]))
