@@ -22,7 +22,10 @@ from unigen.serving.worker import BatchedWorker, SequentialWorker, run_worker
 class Pipeline:
     """An engine in the place of a pipeline: it repeats each prompt."""
 
-    outputs = ("text",)
+    outputs, batched = ("text",), False
+
+    def default_options(self, output: str, given: dict[str, Any]) -> dict[str, Any]:
+        return {}
 
     def info(self) -> dict[str, Any]:
         return {}
