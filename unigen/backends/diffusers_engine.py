@@ -59,8 +59,8 @@ if TYPE_CHECKING:
 MAX_OUTPUT_PIXELS = 4096 * 4096
 """Pixels of a generated image, at most."""
 ENGINE_ARGUMENTS = {"class_labels", "generator", "height", "image", "mask_image", "num_images_per_prompt"}
-ENGINE_ARGUMENTS |= {"output_type", "prompt", "return_dict", "width"}
-"""Arguments of pipelines that no option sets by their own name."""
+ENGINE_ARGUMENTS |= {"negative_prompt", "output_type", "prompt", "return_dict", "width"}
+"""Arguments of pipelines that only the engine sets, itself or for an option of `supported_options`."""
 PIPELINE_ERRORS = (RuntimeError, IndexError, AssertionError, ArithmeticError, ImportError)
 """Errors of pipelines for arguments that they cannot work with, beside ValueError and TypeError. Arguments of their
 own, which are not checked here, can raise AttributeError and KeyError too."""
