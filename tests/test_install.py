@@ -60,5 +60,5 @@ def test_all_say_the_same(root: Path, programs: Path) -> None:
     versions = run(root, programs, 'echo "${PYTHONS[@]}"').stdout.split()
     assert project["requires-python"] == ">=3.11,<3.15" and versions == ["3.14", "3.13", "3.12", "3.11"]
     assert [line.rpartition(" ")[2] for line in project["classifiers"]] == versions[::-1]
-    workflow = (root / ".github" / "workflows" / "tests.yml").read_text()
+    workflow = (root / ".github" / "workflows" / "ci.yml").read_text()
     assert all(f'"{version}"' in workflow for version in versions)

@@ -58,7 +58,8 @@ from unigen.generators import find_generator
 from unigen.generators.options.blinking import BlinkOptions
 from unigen.serving.app import create_app
 from unigen.serving.jobs import Job
-from unigen.serving.protocol import GenerationRequest, parse_form_fields
+from unigen.serving.form import parse_form_fields
+from unigen.serving.protocol import GenerationRequest
 from unigen.serving.worker import BatchedWorker
 
 found["eval help"] = eval_command.build_parser("scenes", find_task("scenes")).format_help()
