@@ -156,7 +156,7 @@ def test_a_masked_code_reports_the_step_that_fixed_it(engine: Engine, monkeypatc
     warp = masked.warp
     monkeypatch.setattr(masked, "warp", lambda *given: steps.append(warp(*given)) or steps[-1])
     fixed = torch.tensor([[3, -1], [-1, -1]])
-    result = run(engine, "image", generator="masked", steps=3, temperature=1.0, fixed=fixed, seed=2)
+    result = run(engine, "image", generator="masked", steps=3, temperature=1.0, fixed_codes=fixed, seed=2)
     assert result.logprobs[0] == 0 and len(steps) == 3, "a given code has 0"
     candidates = torch.stack([picked(step, result.codes[0].flatten()) for step in steps])
     difference = (candidates - result.logprobs).abs()
