@@ -232,7 +232,9 @@ def test_control_of_the_scheduler(folder: Path, local: Any, monkeypatch: pytest.
         row.state.finite = True  # an id that is no code would end the row
 
     monkeypatch.setattr(vllm_engine, "apply_output", take_anything)
-    monkeypatch.setattr(Vocabulary, "image_codes", lambda self, ids: (ids - self.image_start).clamp(0, self.image_size - 1))
+    monkeypatch.setattr(
+        Vocabulary, "image_codes", lambda self, ids: (ids - self.image_start).clamp(0, self.image_size - 1)
+    )
     monkeypatch.setitem(vllm_engine.ENGINE_ARGS, "scheduler_cls", None)
     with on_vllm(folder, **CASES["late"][2]) as engine:
         engine.llm = DelayedEngine(engine.llm)
