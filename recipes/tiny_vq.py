@@ -165,7 +165,7 @@ class GeneratedCodesDataset:
     def __init__(self, files: Sequence[str], seed: int, true_codes_share: float, tokenizer: Any) -> None:
         self.seed, self.true_codes_share = seed, true_codes_share
         size, length = tokenizer.image_size, sum(getattr(tokenizer.quantizer, "lengths", []))
-        parts = [self._read(file) for file in files]
+        parts = [self._load_arrays(file) for file in files]
         for file, (pixels_NHWC, _, *codes) in zip(files, parts, strict=True):
             if pixels_NHWC.shape[1:] != (size, size, 3) or any(c_NP.shape[1:] != (length,) for c_NP in codes):
                 raise ValueError(f"{file} has codes of another tokenizer than init_from: draw by the model it is of")
@@ -174,7 +174,7 @@ class GeneratedCodesDataset:
         self.generated_codes_NP, self.true_codes_NP = codes
 
     @staticmethod
-    def _read(file: str) -> list[Tensor]:
+    def _load_arrays(file: str) -> list[Tensor]:
         try:
             with np.load(file) as arrays:
                 codes = "generated" if "generated" in arrays else "drawn"  # as version 0.1 called it

@@ -73,7 +73,7 @@ def test_texts_are_read_as_numbers_are_written() -> None:
 
 
 def test_a_group_checks_what_is_given_and_leaves_the_rest_to_the_model() -> None:
-    assert FlowOptions(solver="heun").given() == {"solver": "heun"}
+    assert FlowOptions(solver="heun").to_dict() == {"solver": "heun"}
     for given, said in (
         ({"steps": 0}, "steps must be a whole number from 1 to 250, not 0"),
         ({"steps": 300}, "steps must be a whole number from 1 to 250, not 300"),

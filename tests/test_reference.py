@@ -77,15 +77,15 @@ def test_rooms_without_docstrings_become_fewer(root: Path) -> None:
 
 
 class Bare:
-    """Of two methods one says nothing."""
+    """One of two methods has no docstring."""
 
-    def said(self) -> None:
+    def documented(self) -> None:
         """Nothing."""
 
-    def unsaid(self) -> None: ...
+    def undocumented(self) -> None: ...
 
 
 def test_a_bare_name_and_one_that_is_gone_are_noticed() -> None:
-    assert undocumented(Bare, "Bare") == ["Bare.unsaid"]
+    assert undocumented(Bare, "Bare") == ["Bare.undocumented"]
     with pytest.raises(AttributeError):
         resolve("unigen.generators.base.Nonesuch")

@@ -125,14 +125,14 @@ class OptionGroup:
         """What parses this option, as a type of argparse."""
         return cls.options()[name].type.parse
 
-    def given(self) -> dict[str, object]:
-        """The values that are not left out."""
+    def to_dict(self) -> dict[str, object]:
+        """The options that have a value, by name."""
         return {name: value for name in self.options() if (value := getattr(self, name)) is not None}
 
-    def reported(self) -> dict[str, object]:
-        """The values that settings of an answer name, as JSON holds them."""
+    def to_settings(self) -> dict[str, object]:
+        """The values that the settings of an answer report, as JSON holds them."""
         declared = self.options()
-        return {n: declared[n].type.to_json(value) for n, value in self.given().items() if declared[n].reported}
+        return {n: declared[n].type.to_json(value) for n, value in self.to_dict().items() if declared[n].reported}
 
 
 G = TypeVar("G", bound=OptionGroup)

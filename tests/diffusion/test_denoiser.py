@@ -117,14 +117,15 @@ def test_latents_are_packed_as_flux_has_them() -> None:
 def test_paths_of_schedulers() -> None:
     import diffusers
 
-    def found(name: str, **settings: Any) -> tuple[Any, str]:
+    def path_of(name: str, **settings: Any) -> tuple[Any, str]:
         return scheduler_path(getattr(diffusers, name)(**settings))
 
-    assert found("FlowMatchEulerDiscreteScheduler", shift=3.0) == (LinearPath(3.0), "velocity")
-    flow = found("DPMSolverMultistepScheduler", prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=2.0)
+    assert path_of("FlowMatchEulerDiscreteScheduler", shift=3.0) == (LinearPath(3.0), "velocity")
+    settings: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 2.0}
+    flow = path_of("DPMSolverMultistepScheduler", **settings)
     assert flow == (LinearPath(2.0), "velocity")
     for theirs, ours in (("epsilon", "noise"), ("v_prediction", "velocity"), ("sample", "data")):
-        path, kind = found("DDIMScheduler", prediction_type=theirs)
+        path, kind = path_of("DDIMScheduler", prediction_type=theirs)
         assert kind == ours and isinstance(path, VariancePreservingPath)
 
 

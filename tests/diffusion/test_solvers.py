@@ -52,5 +52,5 @@ def test_they_go_all_the_way(name: str, shift: float) -> None:
 def test_bad_input_is_refused() -> None:
     with pytest.raises(ValueError, match="steps must be from 1 to 250"):
         build_solver("unipc", 1200)
-    with pytest.raises(ValueError, match="unknown sampler 'rk9': one of euler"):
+    with pytest.raises(ValueError, match="unknown solver 'rk9': one of euler"):
         build_solver("rk9", 2)

@@ -184,6 +184,23 @@ def test_a_task_declares_and_the_runner_does_the_rest(
 LONG = "b 2000000 text {'max_tokens': 9, 'temperature': 0.5}"
 
 
+def test_a_task_without_a_summary_has_the_mean_of_each_tag(
+    count_task: EchoEngine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = sys.modules["unigen.evaluation.tasks.count"].CountTask
+
+    def score_batch(self: CountTask, examples: Sequence[Example], outputs: Sequence[str]) -> list[Scores]:
+        return [{"correct": float(example.prompt != "a")} for example in examples]
+
+    monkeypatch.setattr(task, "score_batch", score_batch)
+    monkeypatch.setattr(task, "summarize", GenerationTask.summarize)
+    assert main(["eval", "count", "--json", str(tmp_path / "r.json")]) == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["overall"] == 0.75 and report["tasks"] == {"short": 0.5, "long": 1.0}, "tags count alike"
+    assert report["interval"] == [0.5, 1.0] and report["prompts"] == 3
+    assert "correct                  0.750 [0.500, 1.000]" in capsys.readouterr().out
+
+
 def test_a_task_that_measures_a_model_refuses_other_engines(
     count_task: EchoEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -51,7 +51,7 @@ def decoder() -> Iterator[ImageDecoder]:
     asyncio.run(made.__aexit__())
 
 
-def read(
+def decode(
     decoder: ImageDecoder, *files: bytes | str, copies: int = 1, max_pixels: int | None = None
 ) -> list[Image.Image]:
     return asyncio.run(decoder.decode([EncodedImage(data) for data in files], copies, max_pixels))
@@ -84,9 +84,9 @@ def test_error_names_the_damaged_image_and_decoder_survives(decoder: ImageDecode
         file((4, 4), format="BMP"),
     ):
         with pytest.raises(ImageError) as error:
-            read(decoder, good, bad)
+            decode(decoder, good, bad)
         assert error.value.index == 1 and "\n" not in str(error.value)
-        assert len(read(decoder, good)) == 1
+        assert len(decode(decoder, good)) == 1
     with pytest.raises(ImageError, match="mask"):
         asyncio.run(decoder.decode([EncodedImage(cut, mask=True)]))
 
@@ -106,9 +106,9 @@ def test_pixels_are_counted_before_decoding(decoder: ImageDecoder, monkeypatch: 
     ask = decoder._call_process
     monkeypatch.setattr(decoder, "_call_process", lambda index, *call: asked.append(call[0]) or ask(index, *call))
     with pytest.raises(ImageError, match="too many pixels"):
-        read(decoder, *[BOMB] * 5, max_pixels=MAX_READ_PIXELS)
+        decode(decoder, *[BOMB] * 5, max_pixels=MAX_READ_PIXELS)
     assert asked == ["count"]
-    assert len(read(decoder, file((4, 4)), file((5, 5)))) == 2 and asked == ["count", "count", "decode", "decode"]
+    assert len(decode(decoder, file((4, 4)), file((5, 5)))) == 2 and asked == ["count", "count", "decode", "decode"]
     decoded: list[Any] = []
     monkeypatch.setattr(pictures, "decode_image", lambda *given: decoded.append(given) or Image.new("RGB", (1, 1)))
     many = MAX_REQUEST_PIXELS // 5656**2 + 1
@@ -135,10 +135,10 @@ def test_read_images_are_reduced_while_decoded(decoder: ImageDecoder) -> None:
     width, height = json.loads(head)["size"]
     assert MAX_READ_PIXELS / 4 < width * height == len(pixels) / 3 <= MAX_READ_PIXELS
     long = file((4000, 100), "L", "JPEG", 200)
-    (small,) = read(decoder, long, max_pixels=10_000)
+    (small,) = decode(decoder, long, max_pixels=10_000)
     assert abs(small.width / small.height - 40) < 3 and small.width * small.height <= 10_000
     assert np.abs(np.asarray(small, int) - 200).max() <= 2
-    (whole,) = read(decoder, long)
+    (whole,) = decode(decoder, long)
     assert whole.size == (4000, 100)
 
 
@@ -159,10 +159,10 @@ def test_reduced_image_looks_like_the_original(mode: str, side: int) -> None:
 
 def test_many_images_share_the_pixel_limit(decoder: ImageDecoder) -> None:
     big = file((1600, 1600), "1")
-    found = read(decoder, *[big] * 10, copies=16, max_pixels=MAX_READ_PIXELS)
+    found = decode(decoder, *[big] * 10, copies=16, max_pixels=MAX_READ_PIXELS)
     assert sum(one.width * one.height for one in found) * 16 <= decoding.MAX_TOTAL_READ_PIXELS
     with pytest.raises(ImageError, match=str(MAX_IMAGES)):
-        read(decoder, *[big] * (MAX_IMAGES + 1))
+        decode(decoder, *[big] * (MAX_IMAGES + 1))
 
 
 def test_clients_take_turns() -> None:
@@ -228,16 +228,16 @@ def test_decoding_stops_when_the_client_disconnects(decoder: ImageDecoder, monke
 def test_held_pixels_are_counted_until_freed() -> None:
     small = ImageDecoder(max_held_pixels=40_000)
     try:
-        first = read(small, file((100, 100)), copies=2)
+        first = decode(small, file((100, 100)), copies=2)
         assert small.held_pixels == 20_000
         with pytest.raises(DecoderBusy):
-            read(small, file((150, 150)))
+            decode(small, file((150, 150)))
         assert small.held_pixels == 20_000
-        second = read(small, file((100, 100)), copies=2)
+        second = decode(small, file((100, 100)), copies=2)
         assert small.held_pixels == 40_000
         del first, second
         gc.collect()
-        assert small.held_pixels == 0 and len(read(small, file((200, 200)))) == 1
+        assert small.held_pixels == 0 and len(decode(small, file((200, 200)))) == 1
     finally:
         asyncio.run(small.__aexit__())
 
@@ -246,17 +246,17 @@ def test_held_pixels_are_counted_until_freed() -> None:
 def test_dead_or_hanging_process_is_one_error_and_is_restarted(signal_number: int) -> None:
     fragile = ImageDecoder(wall_timeout=60)
     try:
-        assert len(read(fragile, file((4, 4)))) == 1
+        assert len(decode(fragile, file((4, 4)))) == 1
         assert fragile._process is not None
-        fragile.seconds = 1.0 if signal_number == signal.SIGSTOP else 60
+        fragile.wall_timeout = 1.0 if signal_number == signal.SIGSTOP else 60
         os.kill(fragile._process.pid, signal_number)
         try:
-            read(fragile, file((4, 4)))
+            decode(fragile, file((4, 4)))
             assert signal_number == signal.SIGKILL, "it had ended before it was asked"
         except ImageError as error:
             assert "too much time or memory" in str(error)
-        fragile.seconds = 60
-        assert len(read(fragile, file((4, 4)))) == 1
+        fragile.wall_timeout = 60
+        assert len(decode(fragile, file((4, 4)))) == 1
     finally:
         asyncio.run(fragile.__aexit__())
 
@@ -268,8 +268,8 @@ def test_cpu_timeout_is_one_error() -> None:
     start = gif.rindex(b",")
     try:
         with pytest.raises(ImageError, match="time") as error:
-            read(patient, file((4, 4)), gif[:start] + b"\x21\xfe" + b"\x01a" * 10_000_000 + b"\0" + gif[start:])
-        assert error.value.index == 0 and len(read(patient, file((4, 4)), gif)) == 2
+            decode(patient, file((4, 4)), gif[:start] + b"\x21\xfe" + b"\x01a" * 10_000_000 + b"\0" + gif[start:])
+        assert error.value.index == 0 and len(decode(patient, file((4, 4)), gif)) == 2
     finally:
         asyncio.run(patient.__aexit__())
 
@@ -295,7 +295,7 @@ def test_failed_start_of_the_process_is_429(name: str, monkeypatch: pytest.Monke
 
 def test_process_uses_one_thread_per_library(decoder: ImageDecoder) -> None:
     """Buffers of further threads would count as its memory, on machines with many cores."""
-    read(decoder, file((4, 4)))
+    decode(decoder, file((4, 4)))
     assert decoder._process is not None
     environment = Path(f"/proc/{decoder._process.pid}/environ").read_bytes().split(b"\0")
     assert {b"OMP_NUM_THREADS=1", b"OPENBLAS_NUM_THREADS=1"} <= set(environment)
@@ -305,8 +305,8 @@ def test_memory_limit_is_one_error() -> None:
     poor = ImageDecoder(max_memory=150 << 20)
     try:
         with pytest.raises(ImageError, match="memory"):
-            read(poor, BOMB)
-        assert len(read(poor, file((4, 4)))) == 1
+            decode(poor, BOMB)
+        assert len(decode(poor, file((4, 4)))) == 1
     finally:
         asyncio.run(poor.__aexit__())
 

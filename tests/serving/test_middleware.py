@@ -130,7 +130,7 @@ def test_slow_body_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     limits = RequestLimits(body_timeout=0.2, min_body_bytes_per_second=10)
     caught: list[int] = []
 
-    async def read(scope: Any, receive: Any, send: Any) -> None:
+    async def read_body(scope: Any, receive: Any, send: Any) -> None:
         try:
             while (await receive())["more_body"]:
                 pass
@@ -147,7 +147,7 @@ def test_slow_body_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
         async def ask() -> None:
             scope = {"type": "http", "path": "/v1/models", "method": "POST", "client": ("1.2.3.4", 1), "headers": []}
-            await asyncio.wait_for(GuardMiddleware(read, limits, FakeMetrics())(scope, receive, None), 30)
+            await asyncio.wait_for(GuardMiddleware(read_body, limits, FakeMetrics())(scope, receive, None), 30)
 
         asyncio.run(ask())
         return list(caught)

@@ -291,7 +291,7 @@ class VllmEngine(Engine):
             )
             name = f"{group}-{branch}"
             try:
-                self.llm.add_request(name, self._read(prompt, row.prompt_spans[branch]), params)
+                self.llm.add_request(name, self._to_vllm_prompt(prompt, row.prompt_spans[branch]), params)
             except VLLMError as error:
                 self.stop(segment)
                 raise ValueError(f"vLLM refuses what is asked: {error}") from error
@@ -299,7 +299,7 @@ class VllmEngine(Engine):
             segment.names.append(name)
         return segment
 
-    def _read(self, prompt: list[int], spans: Sequence[PromptSpan]) -> object:
+    def _to_vllm_prompt(self, prompt: list[int], spans: Sequence[PromptSpan]) -> object:
         """A branch's prompt in vLLM's form: ids, and embeddings where spans have features."""
         from vllm.inputs.engine import embeds_input, tokens_input
 

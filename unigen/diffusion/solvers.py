@@ -87,13 +87,13 @@ SOLVERS: dict[str, SolverFactory] = {}
 
 
 def solver(name: str) -> Callable[[SolverFactory], SolverFactory]:
-    """A decorator that enters a function in `SOLVERS` and returns it as it is."""
+    """A decorator that registers a function in `SOLVERS` and returns it as it is."""
 
-    def enter(factory: SolverFactory) -> SolverFactory:
+    def register(factory: SolverFactory) -> SolverFactory:
         SOLVERS[name] = factory
         return factory
 
-    return enter
+    return register
 
 
 def build_solver(name: str, steps: int, shift: float = 1.0) -> Solver:
@@ -110,7 +110,7 @@ def build_solver(name: str, steps: int, shift: float = 1.0) -> Solver:
     if not 1 <= steps <= MAX_STEPS:
         raise ValueError(f"steps must be from 1 to {MAX_STEPS}, not {steps}")
     if name not in SOLVERS:
-        raise ValueError(f"unknown sampler {name!r}: one of {', '.join(SOLVERS)}")
+        raise ValueError(f"unknown solver {name!r}: one of {', '.join(SOLVERS)}")
     return SOLVERS[name](steps, shift)
 
 

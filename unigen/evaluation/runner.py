@@ -20,9 +20,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, Self
 
+import numpy as np
+
 from unigen.config import write_report
 from unigen.evaluation.report import Report, make_folder, write_outputs
-from unigen.evaluation.task import Example, OutputT, Scores, Task
+from unigen.evaluation.task import Example, OutputT, Scores, Task, bootstrap_mean
 from unigen.inference.protocol import InferenceEngine, OptionValue
 from unigen.model.unified import UnifiedModel
 from unigen.option_groups import collect
@@ -167,8 +169,28 @@ class GenerationTask(EvaluationTask, Generic[OutputT]):
     def summarize(
         self, run: EvaluationRun, examples: Sequence[Example], outputs: list[list[OutputT]], scores: list[list[Scores]]
     ) -> Report:
-        """Print a table of the outputs' scores, and return the figures: the last part of `run`."""
-        raise NotImplementedError
+        """Print a table of the scores, and return the figures: the last part of `run`.
+
+        These are the mean of "correct", with its bootstrap interval, and the mean of each tag. A task that has other
+        figures overrides this method.
+
+        Args:
+            run: the arguments and the engine.
+            examples: the prompts.
+            outputs: those of each example.
+            scores: those of each output.
+
+        Returns:
+            The figures.
+        """
+        correct = [[score["correct"] for score in row] for row in scores]
+        summary = bootstrap_mean([e.tag for e in examples], correct, np.random.default_rng(run.args.seed))
+        print(f"{'correct':<24} {summary.overall:.3f} [{summary.low:.3f}, {summary.high:.3f}]")
+        for tag, mean in summary.tags.items():
+            print(f"{tag:<24} {mean:.3f}")
+        rows = report_rows({"correct": summary.overall, **summary.tags}, "share", run.args.batch)
+        details = {"interval": [summary.low, summary.high], "prompts": summary.num_prompts}
+        return Report(summary.overall, summary.tags, rows, details)
 
     def score(self, example: Example, output: OutputT) -> Scores:
         """The scores of one output."""

@@ -100,11 +100,11 @@ class Request:
         some."""
         values: dict[str, object] = {"seed": self.seed}
         if self.output in WRITING:
-            values |= {"text": self.options[TextSampling].reported(), "max_tokens": self.max_tokens}
+            values |= {"text": self.options[TextSampling].to_settings(), "max_tokens": self.max_tokens}
         if self.output != "text":
             image_groups = [group for group in self.options if not isinstance(group, (*GENERAL_GROUPS, TextSampling))]
             values["generator"] = self.generator
-            values |= {name: value for group in image_groups for name, value in group.reported().items()}
+            values |= {name: value for group in image_groups for name, value in group.to_settings().items()}
         return values
 
     @property
@@ -116,7 +116,7 @@ class Request:
     @property
     def text(self) -> SamplingOptions:
         """How ids of text are sampled."""
-        return SamplingOptions(**self.options[TextSampling].given())  # type: ignore[arg-type]
+        return SamplingOptions(**self.options[TextSampling].to_dict())  # type: ignore[arg-type]
 
 
 def build_request(
@@ -184,7 +184,7 @@ def collect_given(options: Options) -> dict[GroupType, Given]:
     groups = [options] if isinstance(options, OptionGroup) else options
     if not isinstance(groups, (list, tuple)) or not all(isinstance(group, OptionGroup) for group in groups):
         raise ValueError(f"options must be a list of groups such as CodeSampling(top_k=9), not {shorten(options)}")
-    return {type(group): group.given() for group in groups}
+    return {type(group): group.to_dict() for group in groups}
 
 
 def choose_generator(model: UnifiedModel, output: Output, given: Given) -> str:
@@ -411,4 +411,4 @@ def default_options(model: UnifiedModel, generator: str) -> dict[str, object]:
     """
     sources = model.default_sampling.get(generator, {}), model.generators[generator].defaults
     groups = [resolve(group, *sources) for group in model.generators.options(generator)]
-    return {name: value for group in groups for name, value in group.reported().items()}
+    return {name: value for group in groups for name, value in group.to_settings().items()}

@@ -18,6 +18,7 @@ Shapes: M images, Z latent channels, h w grid of latents, P patches, N context s
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Literal
 
 import torch
@@ -68,7 +69,7 @@ def build_denoiser(
     return DiT(kind, channels, sample_size, context_dim, layers, heads, head_dim, patch_size)
 
 
-class DenoiserNetwork(nn.Module):
+class DenoiserNetwork(nn.Module, ABC):
     """A network that satisfies `unigen.diffusion.denoiser.Denoiser`."""
 
     prediction_type: PredictionType = "velocity"
@@ -99,6 +100,7 @@ class DenoiserNetwork(nn.Module):
             raise ValueError(f"{type(self).__name__} reads no {'guidance' if mask is None else 'mask of a region'}")
         return self.predict(x_MZhw, t_M, condition)
 
+    @abstractmethod
     def predict(self, x_MZhw: Tensor, t_M: Tensor, condition: PromptEmbeds) -> Tensor:
         """The velocity.
 
@@ -110,7 +112,6 @@ class DenoiserNetwork(nn.Module):
         Returns:
             The velocity (M, Z, h, w).
         """
-        raise NotImplementedError
 
 
 class MMDiT(DenoiserNetwork):

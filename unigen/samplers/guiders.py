@@ -79,7 +79,7 @@ def guider(
     combines_chains: bool = False,
     min_steps: int = 1,
 ) -> Callable[[CombineFunction], CombineFunction]:
-    """Enter a function in `GUIDERS`.
+    """Register a function in `GUIDERS`.
 
     Args:
         name: as users write it.
@@ -91,11 +91,11 @@ def guider(
         A decorator that returns the function as it is.
     """
 
-    def enter(combine: CombineFunction) -> CombineFunction:
+    def register(combine: CombineFunction) -> CombineFunction:
         GUIDERS[name] = Guider(name, combine, space, combines_chains, min_steps)
         return combine
 
-    return enter
+    return register
 
 
 def combine_chain(predictions: Sequence[Tensor], scales: Sequence[float], weight: float = 1.0) -> Tensor:
