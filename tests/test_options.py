@@ -6,6 +6,7 @@ Run: pytest tests/test_options.py
 from __future__ import annotations
 
 import argparse
+import inspect
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -158,6 +159,24 @@ def test_an_old_name_says_the_new_one_in_python(engine: Any) -> None:
     for old, new in (("sampler", "solver"), ("fixed", "fixed_codes"), ("negative", "negative_prompt")):
         with pytest.raises(ValueError, match=f"the option '{old}' is called '{new}' now"):
             engine.generate("a dog", **{old: "x"})
+
+
+def test_groups_are_the_same_as_their_options_by_name(engine: Any) -> None:
+    """Negative control: other steps are another image."""
+    options: dict[str, Any] = {"generator": "flow", "seed": 3}
+    by_name = engine.generate("a dog", steps=4, **options)
+    assert engine.generate("a dog", options=[FlowOptions(steps=4)], **options).tobytes() == by_name.tobytes()
+    assert engine.generate_batch(["a dog"], [3], generator="flow", options=FlowOptions(steps=4))[0] == by_name
+    assert engine.generate("a dog", options=[FlowOptions(steps=3)], **options).tobytes() != by_name.tobytes()
+    assert "options" in inspect.signature(engine.generate).parameters
+    for group, message in (
+        (RequestOptions(seed=5), "give the seed by its name, seed=5"),
+        (AnswerCount(n=2), "options cannot hold AnswerCount: it takes .*FlowOptions"),
+        (MaskedOptions(steps=4), "flow does not take steps"),
+        ({"steps": 4}, "must be a list of groups"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            engine.generate("a dog", generator="flow", options=[group])
 
 
 def test_the_server_has_these_ranges() -> None:

@@ -253,7 +253,7 @@ def check_values(groups: Iterable[GroupType], given: Mapping[str, object]) -> di
 
 def name_keywords(groups: Iterable[GroupType]) -> Callable[[F], F]:
     """A decorator for methods that take options as `**keywords`: their signature, as help, notebooks and the reference
-    show it, lists each option with its type.
+    show it, lists each option with its type, and `options` for groups of them.
 
     Args:
         groups: of the options that the method takes.
@@ -271,6 +271,10 @@ def name_keywords(groups: Iterable[GroupType]) -> Callable[[F], F]:
                 parameters.append(
                     inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
                 )
+        groups_annotation = "OptionGroup | Sequence[OptionGroup]"
+        parameters.append(
+            inspect.Parameter("options", inspect.Parameter.KEYWORD_ONLY, default=(), annotation=groups_annotation)
+        )
         method.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
         return method
 

@@ -60,7 +60,7 @@ METHOD_OPTIONS = {
     "pair": GENERATE_OPTIONS,
     "inpaint": tuple(name for name in GENERATE_OPTIONS if name != "fixed_codes"),
 }
-"""The options of each method."""
+"""The options of each method, which takes groups of them as `options` too."""
 with_keywords, with_request_keywords = name_keywords([AnswerCount, *REQUEST_GROUPS]), name_keywords(REQUEST_GROUPS)
 
 
@@ -162,7 +162,7 @@ class Engine(BaseEngine):
         )
 
     def _check_option_names(self, method: str, options: Mapping[str, OptionValue]) -> None:
-        reject_unknown(method, options, METHOD_OPTIONS[method])
+        reject_unknown(method, options, [*METHOD_OPTIONS[method], "options"])
 
     @with_request_keywords
     def stream(

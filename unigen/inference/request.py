@@ -179,11 +179,17 @@ def collect_given(options: Options) -> dict[GroupType, Given]:
         By the type of each group, its values by name.
 
     Raises:
-        ValueError: there is something else than a group.
+        ValueError: there is something else than a group of a request's options, or a seed in one.
     """
     groups = [options] if isinstance(options, OptionGroup) else options
     if not isinstance(groups, (list, tuple)) or not all(isinstance(group, OptionGroup) for group in groups):
         raise ValueError(f"options must be a list of groups such as CodeSampling(top_k=9), not {shorten(options)}")
+    for group in groups:
+        if type(group) not in REQUEST_GROUPS:
+            names = ", ".join(sorted(known.__name__ for known in REQUEST_GROUPS))
+            raise ValueError(f"options cannot hold {type(group).__name__}: it takes {names}")
+        if isinstance(group, RequestOptions) and group.seed is not None:
+            raise ValueError(f"give the seed by its name, seed={group.seed}, not in RequestOptions")
     return {type(group): group.to_dict() for group in groups}
 
 
