@@ -44,7 +44,7 @@ unigen.generators.options.__path__.append(added + "/options")
 
 from unigen.commands import main as cli
 
-found = {
+surfaces = {
     "help": cli.build_parser("generate").format_help(),
     "parsed": cli.build_parser("generate").parse_args(["x", "--blink", "1.5"]).blink,
     "torch": "torch" in sys.modules,
@@ -62,7 +62,7 @@ from unigen.serving.form import parse_form_fields
 from unigen.serving.protocol import GenerationRequest
 from unigen.serving.worker import BatchedWorker
 
-found["eval help"] = eval_command.build_parser("scenes", find_task("scenes")).format_help()
+surfaces["eval help"] = eval_command.build_parser("scenes", find_task("scenes")).format_help()
 engine = unigen.load(folder, "cpu")
 engine.model.generators["blinking"] = find_generator("blinking")(engine.model.image_tokenizer.grid)
 
@@ -74,7 +74,7 @@ def error(call):
         return str(wrong)
 
 
-found["errors"] = [
+surfaces["errors"] = [
     error(lambda: cli.build_parser("generate").parse_args(["x", "--blink", "3"])),
     error(lambda: engine.generate("a dog", generator="blinking", blink=3)),
     error(lambda: engine.generate("a dog", generator="blinking", blnk=1)),
@@ -82,21 +82,21 @@ found["errors"] = [
 ]
 worker = BatchedWorker(engine, 4)
 worker.ask(0, Job(Document.of("a dog"), "image", {"generator": "blinking", "blink": 1.5}))
-found["settings"] = [next(worker.step())[1].settings["blink"]]
-found["settings"] += [engine.request("a dog", "image", generator="blinking", **given).settings()["blink"]
+surfaces["settings"] = [next(worker.step())[1].settings["blink"]]
+surfaces["settings"] += [engine.request("a dog", "image", generator="blinking", **given).settings()["blink"]
                       for given in ({}, {"options": BlinkOptions(blink=0.5)})]
 info = engine.info()
-found["info"] = [info["takes"]["blinking"], info["sampling"]["blinking"]["blink"]]
-found["keywords"] = list(inspect.signature(engine.generate).parameters)
-found["form"] = parse_form_fields(GenerationRequest, {"blink": "0.5"})
-found["schema"] = GenerationRequest.model_json_schema()["properties"]["blink"]
-found["asked"] = GenerationRequest(prompt="a dog", blink=0.5).options()
-print("FOUND", json.dumps(found))
+surfaces["info"] = [info["takes"]["blinking"], info["sampling"]["blinking"]["blink"]]
+surfaces["keywords"] = list(inspect.signature(engine.generate).parameters)
+surfaces["form"] = parse_form_fields(GenerationRequest, {"blink": "0.5"})
+surfaces["schema"] = GenerationRequest.model_json_schema()["properties"]["blink"]
+surfaces["asked"] = GenerationRequest(prompt="a dog", blink=0.5).options()
+print("FOUND", json.dumps(surfaces))
 """
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> dict:
+def surfaces(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> dict:
     pytest.importorskip("fastapi")
     added = tmp_path_factory.mktemp("added")
     (added / "options").mkdir()
@@ -108,27 +108,29 @@ def found(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> dict:
     return json.loads(done.stdout.partition("FOUND ")[2])
 
 
-def test_the_command_line_has_it(found: dict) -> None:
-    assert "--blink BLINK" in found["help"] and "how often it blinks" in found["help"] and found["parsed"] == 1.5
-    assert "--blink BLINK" in found["eval help"] and not found["torch"]
+def test_the_command_line_has_it(surfaces: dict) -> None:
+    assert (
+        "--blink BLINK" in surfaces["help"] and "how often it blinks" in surfaces["help"] and surfaces["parsed"] == 1.5
+    )
+    assert "--blink BLINK" in surfaces["eval help"] and not surfaces["torch"]
     assert "--blink" not in cli.build_parser("generate").format_help()  # the control: of this process
 
 
-def test_errors_name_it(found: dict) -> None:
-    of_line, of_range, of_spelling, of_another = found["errors"]
+def test_errors_name_it(surfaces: dict) -> None:
+    of_line, of_range, of_spelling, of_another = surfaces["errors"]
     assert "argument --blink: '3' is not a number from 0 to 2" in of_line
     assert of_range == "blink must be a number from 0 to 2, not 3"
     assert of_spelling == "generate has no option 'blnk'; did you mean 'blink'?"
     assert of_another.startswith("next-token does not take blink: leave that out (it takes guidance, temperature")
 
 
-def test_requests_have_it(found: dict) -> None:
-    assert found["schema"]["description"] == "how often it blinks"
-    assert {"maximum": 2, "minimum": 0, "type": "number"} in found["schema"]["anyOf"]
-    assert found["form"] == {"blink": 0.5} and found["asked"] == {"blink": 0.5}
+def test_requests_have_it(surfaces: dict) -> None:
+    assert surfaces["schema"]["description"] == "how often it blinks"
+    assert {"maximum": 2, "minimum": 0, "type": "number"} in surfaces["schema"]["anyOf"]
+    assert surfaces["form"] == {"blink": 0.5} and surfaces["asked"] == {"blink": 0.5}
 
 
-def test_settings_and_signatures_report_it(found: dict) -> None:
-    assert found["settings"] == [1.5, 0.25, 0.5]
-    assert "blink" in found["info"][0] and found["info"][1] == 0.25
-    assert "blink" in found["keywords"] and "temperature" in found["keywords"]
+def test_settings_and_signatures_report_it(surfaces: dict) -> None:
+    assert surfaces["settings"] == [1.5, 0.25, 0.5]
+    assert "blink" in surfaces["info"][0] and surfaces["info"][1] == 0.25
+    assert "blink" in surfaces["keywords"] and "temperature" in surfaces["keywords"]

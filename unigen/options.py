@@ -34,12 +34,12 @@ RENAMED = {
     "sampler": "solver",
     "vary": "variation",
 }
-"""Options of version 0.1 by the names that they have now. A server still reads the old ones."""
+"""New names of options by their names in version 0.1. A server still reads the old ones."""
 
 DRAWING = frozenset({"image", "joint", "interleaved"})
-"""What asks for pictures."""
+"""Outputs that contain images."""
 WRITING = frozenset({"text", "interleaved"})
-"""What asks for text."""
+"""Outputs that contain text."""
 
 
 # ---------------------------------------------------------------- groups
@@ -50,22 +50,22 @@ class Option:
     """One option, as its group declares it."""
 
     default: object
-    "What holds where nobody says anything else."
+    "The value where neither the call nor the model sets one."
     help: str
-    "One line; {choices} in it is replaced."
+    "One line for `--help`; `{choices}` is replaced by the names of the choices."
     type: OptionType
     cli: str | None = None
-    "The flag; None is made of the name, an empty one is none."
+    "The flag; None derives it from the name, an empty string means no flag."
     http: str | None = None
-    "The field of a request; None is the name, an empty one is none."
+    "The field of an HTTP request; None is the name, an empty string means no field."
     served: OptionType | None = None
-    "What one request to a server may say, where that is less."
+    "The range that a server accepts, where it is narrower than `type`."
     metavar: str | None = None
-    "How help calls the value."
+    "The placeholder of the value in `--help`."
     reported: bool = True
-    "Is it among the settings of an answer?"
+    "Whether the settings of an answer report it."
     off: object = None
-    "The value by which nothing is asked for."
+    "The value that switches the option off; it is accepted by generators without the option."
 
     def describe(self) -> str:
         """The help, with the choices that there are."""
@@ -99,14 +99,14 @@ def option(
 
 
 class OptionGroup:
-    """Base of groups, which are frozen dataclasses whose fields are all made by `option`.
+    """Base of groups: frozen dataclasses whose fields are all made by `option`.
 
-    A field that is left out is None, "as the model says"; `resolve` fills it. What is given is checked."""
+    A field that is left out is None, the model's default; `resolve` fills it. Given values are checked."""
 
     title: ClassVar[str] = "sampling"
-    """Under which the command line lists them."""
+    """Title of the group in `--help`."""
     outputs: ClassVar[frozenset[str]] = DRAWING
-    """What is asked for where they count: outputs of an engine, or "edit" and "inpaint"."""
+    """Where the options apply: outputs of an engine, or "edit" and "inpaint"."""
 
     def __post_init__(self) -> None:
         for name, declared in self.options().items():
@@ -116,13 +116,13 @@ class OptionGroup:
 
     @classmethod
     def options(cls) -> dict[str, Option]:
-        """By name, in order."""
+        """The options by name, in order."""
         fields = dataclasses.fields(cls)  # type: ignore[arg-type]
         return {one.name: one.metadata["option"] for one in fields}
 
     @classmethod
     def argument(cls, name: str) -> Callable[[str], object]:
-        """What parses this option, as a type of argparse."""
+        """The function that parses this option, as a `type` of argparse."""
         return cls.options()[name].type.parse
 
     def to_dict(self) -> dict[str, object]:
@@ -141,14 +141,15 @@ GroupType = type[OptionGroup]
 
 
 def resolve(group: type[G], *sources: Mapping[str, object]) -> G:
-    """A group without gaps.
+    """A group with a value for each option.
 
     Args:
-        group: its type.
-        sources: values by the names of options, first comes first. Other names and None are passed over.
+        group: type of the group.
+        sources: values by the names of options; the first source that has a value wins. Other names and None are
+            ignored.
 
     Returns:
-        The group; options that no source has are as declared.
+        The group; options that no source has get their declared default.
 
     Raises:
         ValueError: in one line, for a value that an option cannot have.
@@ -161,7 +162,7 @@ def resolve(group: type[G], *sources: Mapping[str, object]) -> G:
 
 
 class OptionSet:
-    """Groups without gaps, by their type; one that is not there is as declared."""
+    """Groups with a value for each option, by type. A missing group has the declared defaults."""
 
     def __init__(self, groups: Iterable[OptionGroup] = ()) -> None:
         self._groups = {type(group): group for group in groups}
@@ -178,7 +179,7 @@ class OptionSet:
 
 
 def find_groups(name: str) -> tuple[GroupType, ...]:
-    """The groups that a module defines, or each module of a package, in order.
+    """Find the groups that a module defines, or those of each module of a package, in order.
 
     Args:
         name: the module's full name.
@@ -192,12 +193,12 @@ def find_groups(name: str) -> tuple[GroupType, ...]:
 
 
 def option_names(groups: Iterable[GroupType]) -> tuple[str, ...]:
-    """The names of all their options, each once, in order."""
+    """The names of all options of the groups, each once, in order."""
     return tuple(dict.fromkeys(name for group in groups for name in group.options()))
 
 
 def groups_for(groups: Iterable[GroupType], *outputs: str) -> tuple[GroupType, ...]:
-    """Those of the groups that count where one of these outputs is asked for."""
+    """The groups that apply to at least one of these outputs."""
     return tuple(group for group in groups if group.outputs & set(outputs))
 
 
@@ -223,12 +224,15 @@ def _widest(first: OptionType, second: OptionType) -> OptionType:
 
 
 def reject_unknown(what: str, given: Iterable[str], known: Sequence[str]) -> None:
-    """Raises ValueError for a name that is not known, with the one that it has now or that may have been meant.
+    """Reject unknown names of options.
 
     Args:
-        what: was asked, as the error says it.
+        what: what takes the options, as the error names it.
         given: names of options.
-        known: those there are.
+        known: the names that it takes.
+
+    Raises:
+        ValueError: a name is unknown; the error has its new name, or a similar one.
     """
     for name in given:
         if name not in known:
@@ -239,7 +243,7 @@ def reject_unknown(what: str, given: Iterable[str], known: Sequence[str]) -> Non
 
 
 def reject_renamed(given: Iterable[str]) -> None:
-    """Raises ValueError for a name that an option no longer has, with its name now."""
+    """Reject old names of options. Raises ValueError with the new name."""
     for name in given:
         if name in RENAMED:
             raise ValueError(f"the option {name!r} is called {RENAMED[name]!r} now")
