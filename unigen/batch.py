@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from unigen.media.pixels import stack_images
+from unigen.options import DEFAULT_GENERATOR
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class Tokens:
         self.ids.extend(ids)
         self.loss.extend([loss] * len(ids))
 
-    def add_image(self, image: Any, length: int, loss: bool = False, handler: str = "next-token") -> None:
+    def add_image(self, image: Any, length: int, loss: bool = False, handler: str = DEFAULT_GENERATOR) -> None:
         """Append an image as a span of `length` positions, laid out for one generator."""
         self.spans.append((len(self.ids), len(self.ids) + length))
         self.images.append(image)

@@ -1,12 +1,7 @@
-"""The sequence format: what a user writes, and the packed rows of ids that a model reads.
-
-A `Document` is a list of `Segment`s, each a run of text, one image or a class, spoken by a role. A `Vocabulary` says
-which row of the embedding table a text piece or an image code has; nothing else knows offsets. `pack` lays several
-documents, already turned into `Tokens` by a family's template, into rows of one length.
+"""Documents: prompts, chats and answers of text and images. A `Document` is a list of `Segment`s, each a text, an image
+or a class, with a role. `unigen.batch` lays documents out as ids.
 
 Does not depend on: tokenizers, templates, models, losses.
-
-Shapes: B rows, L positions of a row, N images, h x w codes of an image.
 """
 
 from __future__ import annotations

@@ -36,6 +36,9 @@ RENAMED = {
 }
 """New names of options by their names in version 0.1. A server still reads the old ones."""
 
+DEFAULT_GENERATOR = "next-token"
+"""Name of the image generator where none is named. Finished images stand in a document in its layout: codes in raster
+order."""
 DRAWING = frozenset({"image", "joint", "interleaved"})
 """Outputs that contain images."""
 WRITING = frozenset({"text", "interleaved"})

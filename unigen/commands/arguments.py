@@ -167,7 +167,7 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
 def sampling_arguments(
     parser: argparse.ArgumentParser,
     *outputs: str,
-    generator: str = "next-token",
+    generator: str = options.DEFAULT_GENERATOR,
     skip: Sequence[str] = ("n", "candidates"),
 ) -> None:
     """Add the options that count where one of the outputs is asked for. The engine sets those that a user leaves out.

@@ -49,7 +49,9 @@ def can_rerank(model: UnifiedModel) -> bool:
         model: generates the candidates.
     """
     return (
-        model.vision_encoder is None and not model.template.classes and {"next-token", "text"} <= set(model.generators)
+        model.vision_encoder is None
+        and not model.template.classes
+        and {model.template.context_generator, "text"} <= set(model.generators)
     )
 
 

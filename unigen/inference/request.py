@@ -23,6 +23,7 @@ from unigen.media.images import is_image
 from unigen.model.template import OUTPUTS, Output, split_system_messages
 from unigen.model.unified import UnifiedModel
 from unigen.options import (
+    DEFAULT_GENERATOR,
     DRAWING,
     WRITING,
     GroupType,
@@ -353,7 +354,7 @@ def default_generator(model: UnifiedModel) -> str:
         model: the model that answers.
     """
     names = [name for name in model.generators if name != "text"]
-    return "next-token" if "next-token" in names else names[0]
+    return DEFAULT_GENERATOR if DEFAULT_GENERATOR in names else names[0]
 
 
 def zip_with_seeds(prompts: Sequence[Prompt], seeds: Sequence[int] | None = None) -> list[tuple[Prompt, int]]:

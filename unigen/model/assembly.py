@@ -16,10 +16,11 @@ from unigen.batch import Vocabulary
 from unigen.generators.base import BuildContext, Generator
 from unigen.generators.build import build_generator
 from unigen.generators.next_token import Text
-from unigen.model.chat_template import CHAT_TEMPLATE, CONTEXT_GENERATOR, MASK, SPECIAL_TOKENS, ChatTemplate
+from unigen.model.chat_template import CHAT_TEMPLATE, MASK, SPECIAL_TOKENS, ChatTemplate
 from unigen.model.generators import GeneratorDict
 from unigen.model.unified import UnifiedModel
 from unigen.nn.backbone import Backbone
+from unigen.options import DEFAULT_GENERATOR
 from unigen.tokenizers import ImageTokenizer
 from unigen.tokenizers import text as text_tokenizers
 
@@ -35,7 +36,7 @@ def build_model(
     tokenizer: Any,
     image_tokenizer: ImageTokenizer,
     text_size: int,
-    generator_names: Sequence[str] = (CONTEXT_GENERATOR,),
+    generator_names: Sequence[str] = (DEFAULT_GENERATOR,),
     heads: Sequence[Generator] = (),
     begin_tokens: Mapping[str, str] | None = None,
     classes: Sequence[str] = (),
@@ -121,7 +122,7 @@ def build_from_config(
     lm_config: PreTrainedConfig,
     tokenizer: Any,
     image_tokenizer: ImageTokenizer,
-    generator_names: Sequence[str] = (CONTEXT_GENERATOR,),
+    generator_names: Sequence[str] = (DEFAULT_GENERATOR,),
     heads: Sequence[Generator] = (),
     classes: Sequence[str] = (),
 ) -> UnifiedModel:

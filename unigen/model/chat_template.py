@@ -25,14 +25,13 @@ from unigen.batch import Layout, Tokens
 from unigen.document import Document
 from unigen.media.pixels import center_crop_resize
 from unigen.model.template import OUTPUTS, Output, images_first, touched_cells
+from unigen.options import DEFAULT_GENERATOR
 
 USER, ASSISTANT, BOI, EOI = "<user>", "<assistant>", "<boi>", "<eoi>"
 IMAGE, UNCOND, MASK = "<image>", "<uncond>", "<mask>"
-BEGIN_TOKENS = {"next-token": BOI, "next-scale": "<boi:scale>", "masked": "<boi:masked>", "flow": "<boi:flow>"}
+BEGIN_TOKENS = {DEFAULT_GENERATOR: BOI, "next-scale": "<boi:scale>", "masked": "<boi:masked>", "flow": "<boi:flow>"}
 """The begin token of each generator, by which the backbone knows which generator writes the picture. Generators that
 are not listed get a spare token."""
-CONTEXT_GENERATOR = "next-token"
-"""The generator whose layout finished pictures have in a chat: codes in raster order."""
 SPARE_TOKENS = tuple(f"<spare:{i}>" for i in range(8))
 REQUIRED_TOKENS = (USER, ASSISTANT, EOI, IMAGE, UNCOND, MASK, *BEGIN_TOKENS.values())
 SPECIAL_TOKENS = (*REQUIRED_TOKENS, *SPARE_TOKENS)
@@ -65,7 +64,7 @@ def normalize_text(text: str) -> str:
 class ChatTemplate:
     """Lays documents out as ids and reads ids as text; a `Template`."""
 
-    context_generator = CONTEXT_GENERATOR
+    context_generator = DEFAULT_GENERATOR
     num_candidates = 16
     variable_size = False
     num_guidance_scales = 1
@@ -118,16 +117,16 @@ class ChatTemplate:
         begin_tokens |= dict(zip(new_names, spare_tokens, strict=False))
         self.begin_ids: dict[str, int] = {name: self.special_ids[begin_tokens[name]] for name in image_lengths}
 
-    def encode(self, document: Document, *, uncond: bool = False, generator: str = CONTEXT_GENERATOR) -> Tokens:
+    def encode(self, document: Document, *, uncond: bool = False, generator: str = DEFAULT_GENERATOR) -> Tokens:
         """Lay out a whole chat for training. Its last turn is ended where the assistant speaks last.
 
         Args:
             document: the chat.
             uncond: lay it out for the unconditional branch of guidance, without its words.
-            generator: writes the assistant's last picture. Where it is not CONTEXT_GENERATOR, the chat ends with that
+            generator: writes the assistant's last picture. Where it is not DEFAULT_GENERATOR, the chat ends with that
                 picture, since nothing after it could attend to the picture as it was written.
         """
-        if generator != CONTEXT_GENERATOR:
+        if generator != DEFAULT_GENERATOR:
             image_indices = [
                 i for i, s in enumerate(document.segments) if s.image is not None and s.role == "assistant"
             ]
@@ -171,7 +170,7 @@ class ChatTemplate:
         """The text of ids, without special tokens."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
-    def _dialogue(self, document: Document, uncond: bool, generator: str = CONTEXT_GENERATOR) -> Tokens:
+    def _dialogue(self, document: Document, uncond: bool, generator: str = DEFAULT_GENERATOR) -> Tokens:
         """Turns of a chat, with the last picture, if it ends the chat, in the layout of `generator`."""
         tokens = Tokens()
         tokens.add([self.bos_id])
@@ -188,7 +187,7 @@ class ChatTemplate:
             has_loss = role == "assistant"
             if segment.image is not None:
                 is_last = number == len(document.segments)
-                generator_name = generator if is_last else CONTEXT_GENERATOR
+                generator_name = generator if is_last else DEFAULT_GENERATOR
                 tokens.add([self.begin_ids[generator_name]], loss=has_loss and not uncond)
                 tokens.add_image(
                     segment.image, self.image_lengths[generator_name], loss=has_loss, handler=generator_name
@@ -198,7 +197,7 @@ class ChatTemplate:
                     tokens.ids[start : start + self.text_lengths[generator_name]] = self.prefix_text_ids(
                         document, generator_name
                     )
-                if generator_name == CONTEXT_GENERATOR:
+                if generator_name == DEFAULT_GENERATOR:
                     tokens.add([self.image_end_id])
             elif uncond:
                 tokens.add([] if after_text else [self.special_ids[UNCOND]])  # one for the whole run of text

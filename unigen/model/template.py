@@ -16,6 +16,7 @@ from PIL import Image
 from unigen.batch import Layout, Tokens
 from unigen.document import Document, Segment
 from unigen.media.pixels import center_crop_resize
+from unigen.options import DEFAULT_GENERATOR
 
 Output = Literal["image", "text", "interleaved", "pair"]
 OUTPUTS: tuple[Output, ...] = ("image", "text", "interleaved", "pair")
@@ -128,7 +129,7 @@ class Template(Protocol):
         """The layout of a picture of so many rows and columns of codes among ids."""
         ...
 
-    def encode(self, document: Document, *, uncond: bool = False, generator: str = "next-token") -> Tokens:
+    def encode(self, document: Document, *, uncond: bool = False, generator: str = DEFAULT_GENERATOR) -> Tokens:
         """Lay out a whole document for training.
 
         Args:
@@ -187,7 +188,7 @@ class PretrainedTemplate:
     """A base class for templates of public models, with next-token and no text in the segment of a picture."""
 
     outputs: tuple[Output, ...] = ("image", "text")
-    context_generator = "next-token"
+    context_generator = DEFAULT_GENERATOR
     num_candidates = 1
     variable_size = False
     num_guidance_scales = 1
@@ -241,7 +242,7 @@ class ImageOnlyTemplate(PretrainedTemplate):
         """Lay out a prompt; see `Template.prompt`. Families define it."""
         raise TypeError("a template of a model that draws defines prompt()")
 
-    def encode(self, document: Document, *, uncond: bool = False, generator: str = "next-token") -> Tokens:
+    def encode(self, document: Document, *, uncond: bool = False, generator: str = DEFAULT_GENERATOR) -> Tokens:
         """Lay out a prompt and its picture for training; see `Template.encode`. The loss is on the picture."""
         *prompt_segments, last = document.segments
         tokens = self.prompt(Document(prompt_segments), output="image", branch=uncond)

@@ -33,6 +33,7 @@ from unigen.hub.weights import load_pretrained, silence_transformers, with_archi
 from unigen.model.template import Output, PretrainedTemplate
 from unigen.model.unified import UnifiedModel
 from unigen.nn.backbone import Backbone
+from unigen.options import DEFAULT_GENERATOR
 from unigen.tokenizers import text, vqgan
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ class ChameleonTemplate(PretrainedTemplate):
         closes_turn = document.segments[-1].role == "user" and output not in self.open_turn_outputs
         return (prompt.add_template_text(EOT) if closes_turn else prompt).build()
 
-    def encode(self, document: Document, *, uncond: bool = False, generator: str = "next-token") -> Tokens:
+    def encode(self, document: Document, *, uncond: bool = False, generator: str = DEFAULT_GENERATOR) -> Tokens:
         """Lay out a whole document for training.
 
         Args:

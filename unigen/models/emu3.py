@@ -30,6 +30,7 @@ from unigen.hub.weights import load_pretrained, silence_transformers
 from unigen.model.template import Output, PretrainedTemplate, UnsupportedError, images_first, split_system_messages
 from unigen.model.unified import UnifiedModel
 from unigen.nn.backbone import Backbone
+from unigen.options import DEFAULT_GENERATOR
 from unigen.tokenizers import load_image_tokenizer, text
 from unigen.tokenizers.emu3_vq import Emu3VQ
 
@@ -112,7 +113,7 @@ class Emu3Template(PretrainedTemplate):
         prompt = self._chat_prompt(document.segments)
         return (prompt.add_template_text(" ASSISTANT:") if document.segments[-1].role == "user" else prompt).build()
 
-    def encode(self, document: Document, *, uncond: bool = False, generator: str = "next-token") -> Tokens:
+    def encode(self, document: Document, *, uncond: bool = False, generator: str = DEFAULT_GENERATOR) -> Tokens:
         """Lay out a whole document for training.
 
         Args:

@@ -37,6 +37,7 @@ from unigen.model.saving import vision_folder
 from unigen.model.template import Output, PretrainedTemplate, UnsupportedError, split_system_messages
 from unigen.model.unified import UnifiedModel
 from unigen.nn.janus import JanusBackbone
+from unigen.options import DEFAULT_GENERATOR
 from unigen.tokenizers import load_image_tokenizer, text, vqgan
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ class JanusTemplate(PretrainedTemplate):
         tokens = prompt.build()
         return Tokens([tokens.ids[0]] + [self.special_ids[PAD]] * (len(tokens) - 1)) if branch else tokens
 
-    def encode(self, document: Document, *, uncond: bool = False, generator: str = "next-token") -> Tokens:
+    def encode(self, document: Document, *, uncond: bool = False, generator: str = DEFAULT_GENERATOR) -> Tokens:
         """Lay out a whole document for training. Of the vision encoder nothing is trained here.
 
         Args:

@@ -31,6 +31,7 @@ from unigen.media.pixels import center_crop_resize
 from unigen.model.template import Output, PretrainedTemplate, UnsupportedError, split_system_messages
 from unigen.model.unified import UnifiedModel
 from unigen.nn.backbone import Backbone
+from unigen.options import DEFAULT_GENERATOR
 from unigen.tokenizers import text, vqgan
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ class LiquidTemplate(PretrainedTemplate):
             return self._image_prompt(document.segments, bool(branch)).build()
         return self._chat_prompt(document.segments).build()
 
-    def encode(self, document: Document, *, uncond: bool = False, generator: str = "next-token") -> Tokens:
+    def encode(self, document: Document, *, uncond: bool = False, generator: str = DEFAULT_GENERATOR) -> Tokens:
         """Lay out a whole document for training.
 
         Args:

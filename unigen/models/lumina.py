@@ -41,6 +41,7 @@ from unigen.model.template import Output
 from unigen.model.unified import UnifiedModel
 from unigen.models import chameleon
 from unigen.models.chameleon import BOI, EOI, EOT, MASK_LOGITS_KEY, ChameleonTemplate
+from unigen.options import DEFAULT_GENERATOR
 from unigen.tokenizers import text, vqgan
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ class LuminaTemplate(ChameleonTemplate):
             return self._image_prompt(segments, document.size or (self.size, self.size)).build()
         return super().prompt(document, output=output)
 
-    def encode(self, document: Document, *, uncond: bool = False, generator: str = "next-token") -> Tokens:
+    def encode(self, document: Document, *, uncond: bool = False, generator: str = DEFAULT_GENERATOR) -> Tokens:
         """Lay out a whole document for training.
 
         Args:

@@ -21,6 +21,7 @@ from unigen.batch import Tokens
 from unigen.config import save_json
 from unigen.hub.resolve import CONFIG, read_json
 from unigen.hub.weights import silence_transformers
+from unigen.options import DEFAULT_GENERATOR
 from unigen.utils.text import first_line
 
 if TYPE_CHECKING:
@@ -348,7 +349,7 @@ class PromptBuilder:
         return self
 
     def add_image(
-        self, image: SegmentImage, length: int, loss: bool = False, handler: str = "next-token"
+        self, image: SegmentImage, length: int, loss: bool = False, handler: str = DEFAULT_GENERATOR
     ) -> PromptBuilder:
         """Add the positions of an image.
 

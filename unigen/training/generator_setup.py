@@ -21,6 +21,7 @@ from unigen.generators import build
 from unigen.hub.folders import replacing_folder
 from unigen.model import assembly
 from unigen.model.unified import UnifiedModel
+from unigen.options import DEFAULT_GENERATOR
 from unigen.tokenizers import load_image_tokenizer, text
 from unigen.training.peers import main_process_first
 
@@ -42,10 +43,10 @@ def normalize_generator_weights(weights: Mapping[str, float]) -> dict[str, float
     """
     for name in weights:
         generators.find_generator(name)
-    if min(weights.values(), default=0) < 0 or weights.get("next-token", 0) <= 0:
+    if min(weights.values(), default=0) < 0 or weights.get(DEFAULT_GENERATOR, 0) <= 0:
         raise ValueError("generators are shares of at least 0, and that of next-token, as which all are read, above 0")
     # the order does not depend on that of `weights`
-    ordered = sorted(weights.items(), key=lambda item: (item[0] != "next-token", item[0]))
+    ordered = sorted(weights.items(), key=lambda item: (item[0] != DEFAULT_GENERATOR, item[0]))
     return {name: share / sum(weights.values()) for name, share in ordered if share > 0}
 
 

@@ -40,6 +40,7 @@ from unigen.batch import Batch, Tokens, pack
 from unigen.document import Document, Segment
 from unigen.inference.scoring import has_guided_likelihood, log_likelihood
 from unigen.model.unified import UnifiedModel
+from unigen.options import DEFAULT_GENERATOR
 from unigen.samplers.guidance import Guidance
 from unigen.training.objectives import MultiGeneratorLoss
 
@@ -101,7 +102,7 @@ class PreferencePair(NamedTuple):
     """The chat whose answer is right."""
     rejected: Document
     """The chat whose answer is wrong."""
-    generator: str = "next-token"
+    generator: str = DEFAULT_GENERATOR
     """Name of the generator that answers which are images are learnt as."""
 
 
@@ -177,7 +178,7 @@ def _parse_judged_line(line: str, grid: tuple[int, int], codes: int, native_code
         raise ValueError("each answer is right or not")
     if any(answer.role != "assistant" for answer in answers):
         raise ValueError("the assistant answers")
-    generator_name = record.get("generator", record.get("writer", "next-token"))
+    generator_name = record.get("generator", record.get("writer", DEFAULT_GENERATOR))
     generator = generators.find_generator(generator_name).name
     pictures = [s.image for s in [*prompt, *answers] if s.image is not None]
     if len({picture.ndim if isinstance(picture, Tensor) else 0 for picture in pictures}) > 1:
