@@ -3,7 +3,7 @@
     unigen train recipes/connector.py lmm=Qwen/Qwen3-VL-2B-Instruct
         image_model=stable-diffusion-v1-5/stable-diffusion-v1-5 run_dir=runs/connector
     unigen generate "two apples" --lmm Qwen/Qwen3-VL-2B-Instruct
-        --model stable-diffusion-v1-5/stable-diffusion-v1-5 --adapter runs/connector/model
+        --model stable-diffusion-v1-5/stable-diffusion-v1-5 --connector runs/connector/model
 
 It needs one GPU that holds the language model and the whole pipeline, which draws the samples. The losses fall towards
 0, where the pipeline draws what it would by its own text encoder. Only small models with random weights have been
@@ -122,12 +122,12 @@ class ConnectorObjective(nn.Module):
     def forward(
         self, connector: Any, batch: list[tuple[Document, str]], rng: torch.Generator
     ) -> dict[str, tuple[Tensor, Tensor | int]]:
-        variable_length, length = connector.config.free, connector.config.length
+        variable_length, length = connector.config.variable_length, connector.config.max_length
         states = [self.lmm.hidden_states(document).float() for document, _ in batch]
         targets = [encode_prompt(self.pipe, words) for _, words in batch]
         if not variable_length and any(target.embeds_MND.shape[1] != length for target in targets):
             raise ValueError(
-                f"this pipeline's prompts are not all of {length} embeddings: a connector cannot tell them"
+                f"this pipeline's prompts are not all of {length} embeddings: a connector cannot predict them"
             )
         embeds = [target.embeds_MND[0, :length] for target in targets]
         mask_BL = padding_mask(embeds, length)
@@ -164,7 +164,7 @@ def new_or_loaded_connector(cfg: ConnectorRunConfig, lmm: Any, pipe: Any) -> Con
     connector = load_connector(cfg.init_from)
     config = connector.config
     keys = {"width": "width", "layers": "layers", "heads": "heads"}
-    keys |= {"length": "max_prompt_length"} if config.free else {}
+    keys |= {"max_length": "max_prompt_length"} if config.variable_length else {}
     if mismatches := [
         f"{key}={getattr(config, name)}" for name, key in keys.items() if getattr(config, name) != getattr(cfg, key)
     ]:

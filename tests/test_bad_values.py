@@ -66,15 +66,15 @@ RIGHT = {
             "masked.steps",
             "masked.fixed_codes",
             "inpaint.generator",
-            "pair.text",
+            "joint.text",
         ),
-        *("pair.image", "Document.size", "load.name", "generate.max_tokens", "generate.max_images"),
+        *("joint.image", "Document.size", "load.name", "generate.max_tokens", "generate.max_images"),
         *("stream.max_images", "stream.previews"),
     },
     "empty": {"generate.negative_prompt", "Segment.text", "Segment.image", "Segment.label"},
     "blank": {"Segment.text", "Segment.image", "Segment.label"},
     "text": {
-        *("generate.prompt", "stream.prompt", "describe.question", "edit.instruction", "inpaint.prompt", "pair.text"),
+        *("generate.prompt", "stream.prompt", "describe.question", "edit.instruction", "inpaint.prompt", "joint.text"),
         *("hidden_states.prompt", "Document.of", "Segment.text", "Segment.image", "Segment.label"),
     },
     "long": {"Document.of", "Segment.text", "Segment.image", "Segment.label"},
@@ -87,7 +87,7 @@ RIGHT = {
     "path": {"Document.of", "Segment.image"},
     "picture's name": {
         *("Segment.text", "Segment.image", "Segment.label", "describe.question", "edit.instruction", "inpaint.prompt"),
-        "pair.text",
+        "joint.text",
     },
     "array": {"Document.of", "Segment.image"},
     "no pixels": {"Document.of", "Segment.image"},
@@ -114,7 +114,7 @@ def calls(engine: Engine) -> dict[str, Callable[[Any], Any]]:
     add("describe", engine.describe, "image question candidates", image=picture, max_tokens=2)
     add("edit", engine.edit, "image instruction", image=picture, instruction="turn")
     add("inpaint", engine.inpaint, "image prompt mask generator", image=picture, prompt="a dog", mask=mask)
-    add("pair", engine.pair, "text image")
+    add("joint", engine.generate_joint, "text image")
     add("hidden_states", engine.hidden_states, "prompt")
     add("Segment", Segment, "text image label")
     add("Segment", Segment, "role", text="a")
@@ -128,7 +128,7 @@ def calls(engine: Engine) -> dict[str, Callable[[Any], Any]]:
     found["Segment.from_json codes"] = lambda data: Segment.from_json({"image": {"codes": data}})
     found["Guidance.scales"] = lambda scales: unigen.Guidance(scales).combine([torch.zeros(1)] * 2)
     add("Guidance", unigen.Guidance, "guider interval")
-    for name in "device dtype quantization lmm generator adapter engine vllm".split():
+    for name in "device dtype quantization lmm image_model connector engine vllm".split():
         found[f"load.{name}"] = lambda value, name=name: unigen.load(**{"name": "./nonesuch", name: value})  # type: ignore[misc]
     found["load.name"] = lambda name: name is None or unigen.load(name)
     return found
@@ -163,7 +163,7 @@ def test_an_argument_means_something_or_is_refused_in_one_line(engine: Engine, v
         (lambda e, im: e.stream("a dog", n=2), "stream has no option 'n'"),
         (lambda e, im: e.describe(im, output="image"), "describe has no option 'output'"),
         (lambda e, im: e.edit(im, "turn", prompt="a"), "edit has no option 'prompt'"),
-        (lambda e, im: e.pair(output="text"), "pair has no option 'output'"),
+        (lambda e, im: e.generate_joint(output="text"), "generate_joint has no option 'output'"),
         (lambda e, im: e.inpaint(im, "a dog", im, box=1), "inpaint has no option 'box'"),
         (lambda e, im: e.request("a dog", "image", n=2), "a request has no option 'n'"),
         (

@@ -145,8 +145,8 @@ def test_too_long_a_prompt(tiny_folder: Path, capsys: pytest.CaptureFixture[str]
     [
         (["--engine", "vllm"], "vLLM is not installed here: run scripts/install_serve.sh"),
         (["--engine", "other"], "invalid choice: 'other'"),
-        (["--engine", "vllm", "--quantization", "4bit"], "leave lmm, generator, adapter and quantization out"),
-        (["--engine", "vllm", "--lmm", "a"], "leave lmm, generator, adapter and quantization out"),
+        (["--engine", "vllm", "--quantization", "4bit"], "leave lmm, image_model, connector and quantization out"),
+        (["--engine", "vllm", "--lmm", "a"], "leave lmm, image_model, connector and quantization out"),
         (["--vllm", "max_model_len=512"], "are for engine vllm"),
         (["--engine", "vllm", "--vllm", "fast"], "'fast' is not a setting like max_model_len=4096"),
     ],

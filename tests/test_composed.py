@@ -223,7 +223,7 @@ def test_glm_image_draws_what_diffusers_does(glm_folder: Path, causal_lm_folder:
     for words, seed, more in others:
         assert engine.generate(words, seed=seed, **small | more).tobytes() != drawn.tobytes()
     assert engine.generate("a dog", steps=1).size == (1024, 1024)  # it has to be told a size
-    pair = unigen.load(device="cpu", lmm=str(causal_lm_folder), generator=str(glm_folder))
+    pair = unigen.load(device="cpu", lmm=str(causal_lm_folder), image_model=str(glm_folder))
     assert pair.generate("a dog", **small).size == (96, 64)
 
 
@@ -252,7 +252,7 @@ def test_glm_image_edits(size: tuple[int, int], drawn: tuple[int, int], glm_fold
             lambda e: e.inpaint(Image.new("RGB", (8, 8)), "a", Image.new("L", (8, 8), 255)),
             "no form that takes a picture and",
         ),
-        (lambda e: encode_prompt(e.pipe, "a"), "not told by prompt embeddings alone"),
+        (lambda e: encode_prompt(e.pipe, "a"), "does not take prompt embeddings alone"),
     ],
 )
 def test_what_glm_image_refuses(call: Any, reason: str, glm_folder: Path) -> None:
@@ -375,7 +375,7 @@ def test_a_pair_chats_draws_edits_and_tells_a_story(
 
 def test_pipelines_and_pairs_are_served(janus_folder: Path, stable_diffusion_folder: Path) -> None:
     """One job after the other, by what `unigen serve` answers with; one is dropped, and one asks for what cannot be."""
-    pair = unigen.load(lmm=str(janus_folder), generator=str(stable_diffusion_folder), device="cpu")
+    pair = unigen.load(lmm=str(janus_folder), image_model=str(stable_diffusion_folder), device="cpu")
     for engine in (pair, unigen.load(str(stable_diffusion_folder), "cpu")):
         worker = SequentialWorker(engine)
         worker.ask(0, Job(Document.of("a red dog"), "image", {"seed": 3, **SMALL}, previews=3))
@@ -399,14 +399,14 @@ def test_pipelines_and_pairs_are_served(janus_folder: Path, stable_diffusion_fol
 
 def test_what_a_pair_says_and_draws(causal_lm_folder: Path, dit_folder: Path, stable_diffusion_folder: Path) -> None:
     """A language model of transformers: the same seed says the same; what the pair cannot do is said."""
-    pair = unigen.load(device="cpu", lmm=str(causal_lm_folder), generator=str(stable_diffusion_folder))
+    pair = unigen.load(device="cpu", lmm=str(causal_lm_folder), image_model=str(stable_diffusion_folder))
     assert isinstance(pair, ComposedEngine) and isinstance(pair.image_engine, DiffusersEngine)
     said = [pair.generate("a red dog", "text", seed=seed, temperature=1.0, max_tokens=12) for seed in (1, 1, 2)]
     assert said[0] == said[1] != said[2]
     with pytest.raises(ValueError, match="cannot see pictures"):
         pair.describe(Image.new("RGB", (8, 8)))
     with pytest.raises(ValueError, match="does not answer with text"):
-        unigen.load(device="cpu", lmm=str(dit_folder), generator=str(stable_diffusion_folder))
+        unigen.load(device="cpu", lmm=str(dit_folder), image_model=str(stable_diffusion_folder))
     with pytest.raises(ValueError, match="both an lmm that reads and a generator that draws"):
         unigen.load(device="cpu", lmm=str(causal_lm_folder))
 
@@ -578,7 +578,7 @@ def test_prompts_for_the_painter_are_short(asked: dict[str, int], most: int) -> 
 
 def test_two_of_our_families_pair(janus_folder: Path, tmp_path: Path) -> None:
     llamagen_case.checkpoint(tmp_path)
-    pair = unigen.load(device="cpu", lmm=str(janus_folder), generator=str(tmp_path))
+    pair = unigen.load(device="cpu", lmm=str(janus_folder), image_model=str(tmp_path))
     assert pair.generate(7).size == (32, 32)
 
 
@@ -608,7 +608,7 @@ BAD_STREAMS: dict[str, Any] = {
     "nonsense": lambda e: e.stream("a", "image", nonsense=3),
     "seed": lambda e: e.stream("a", "image", seed=-1),
     "size": lambda e: e.stream("a", "image", size=(-8, 8)),
-    "answer with": lambda e: e.stream("a", "pair"),
+    "answer with": lambda e: e.stream("a", "joint"),
     "empty": lambda e: e.stream(" ", "image"),
     "a prompt is": lambda e: e.stream(None, "image"),
 }
@@ -680,7 +680,7 @@ def test_text_of_our_families_is_drawn_as_their_folder_says(
     shutil.copytree(janus_folder, tmp_path / "janus")
     if said is not None:
         (tmp_path / "janus" / "generation_config.json").write_text(json.dumps(said))
-    pair = unigen.load(device="cpu", lmm=str(tmp_path / "janus"), generator=str(dit_folder))
+    pair = unigen.load(device="cpu", lmm=str(tmp_path / "janus"), image_model=str(dit_folder))
     asked: list[Any] = []
     request = pair.text_engine.request
     pair.text_engine.request = lambda *given, **options: asked.append(request(*given, **options)) or asked[-1]
@@ -696,7 +696,7 @@ def test_numbers_of_a_folder_that_are_out_of_range_are_named(janus_folder: Path,
     shutil.copytree(janus_folder, tmp_path / "janus")
     (tmp_path / "janus" / "generation_config.json").write_text(json.dumps({"do_sample": True, "temperature": "hot"}))
     with pytest.raises(ValueError, match=r"generation_config.json: temperature must be a number"):
-        unigen.load(device="cpu", lmm=str(tmp_path / "janus"), generator=str(tmp_path))
+        unigen.load(device="cpu", lmm=str(tmp_path / "janus"), image_model=str(tmp_path))
 
 
 def keep_half(folder: Path, parts: str) -> None:

@@ -1,4 +1,4 @@
-"""A model that reads joined to a pipeline by hidden states: trained on small parts made here, an adapter draws what the
+"""A language model joined to a pipeline by hidden states: trained on small parts made here, a connector gives what the
 pipeline's own text encoder does; what does not fit is one clear line."""
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def train(recipe: ModuleType) -> Callable[..., dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def composed(seeing_folder: Path, stable_diffusion_folder: Path, tmp_path_factory: Any, train: Any) -> Path:
-    """An adapter of LLaVA and Stable Diffusion that knows what is asked here."""
+    """A connector of LLaVA and Stable Diffusion that knows what is asked here."""
     folder = tmp_path_factory.mktemp("joined")
     assert train(seeing_folder, stable_diffusion_folder, folder, "steps=250")["embeds"] < 0.01
     return folder / "model"
@@ -172,7 +172,7 @@ def composed(seeing_folder: Path, stable_diffusion_folder: Path, tmp_path_factor
 @pytest.fixture(scope="module")
 def engines(seeing_folder: Path, stable_diffusion_folder: Path, composed: Path) -> Any:
     return unigen.load(
-        device="cpu", lmm=str(seeing_folder), generator=str(stable_diffusion_folder), adapter=str(composed)
+        device="cpu", lmm=str(seeing_folder), image_model=str(stable_diffusion_folder), connector=str(composed)
     )
 
 
@@ -188,7 +188,7 @@ def distance(one: Image.Image, other: Image.Image) -> float:
     return float(np.abs(np.asarray(one, dtype=float) - np.asarray(other, dtype=float)).mean())
 
 
-def test_an_adapter_draws_what_the_text_encoder_does(engines: Any) -> None:
+def test_a_connector_draws_what_the_text_encoder_does(engines: Any) -> None:
     """Of words and of pictures; an untrained one does not."""
     own, other = DiffusersEngine(engines.image_engine.pipe), untrained(engines)
     for more in ({}, {"negative_prompt": "a blue dog"}):  # guidance's other branch is the pipeline's own
@@ -224,7 +224,7 @@ def test_pooled_embeddings_and_prompts_of_any_length(
     lmm, folder = request.getfixturevalue(reads), request.getfixturevalue(kind)
     metrics = train(lmm, folder, tmp_path, "steps=120", "max_prompt_length=24", asked=WORDS)
     assert ("pooled" in metrics) == (kind == "pooled_folder") and ("counts" in metrics) == (kind == "free_folder")
-    made = unigen.load(device="cpu", lmm=str(lmm), generator=str(folder), adapter=str(tmp_path / "model"))
+    made = unigen.load(device="cpu", lmm=str(lmm), image_model=str(folder), connector=str(tmp_path / "model"))
     own, other = DiffusersEngine(made.image_engine.pipe), untrained(made)
     size = SMALL | ({"use_resolution_binning": False} if kind == "free_folder" else {})
     for asked, words in WORDS:
@@ -256,7 +256,7 @@ def test_the_states_are_those_that_an_answer_begins_with(
 def test_a_run_goes_on_where_it_stopped(
     recipe: ModuleType, seeing_folder: Path, stable_diffusion_folder: Path, tmp_path: Path
 ) -> None:
-    """On the rendered world's captions, bit for bit; a new run begins from the adapter."""
+    """On the rendered world's captions, bit for bit; a new run begins from the connector."""
     models = [f"lmm={seeing_folder}", f"image_model={stable_diffusion_folder}", *BRIEF, "optim.schedule=constant"]
     for name, steps in (("halves", 2), ("halves", 4), ("whole", 4)):
         cfg = apply_overrides(recipe.config(), [*models, f"run_dir={tmp_path / name}", f"steps={steps}"])
@@ -270,10 +270,11 @@ def test_a_run_goes_on_where_it_stopped(
     assert (tmp_path / "000007.png").exists()
 
 
-def test_a_run_that_begins_from_an_adapter_of_another_size(
+def test_a_run_that_begins_from_a_connector_of_another_size(
     recipe: ModuleType, seeing_folder: Path, stable_diffusion_folder: Path, tmp_path: Path
 ) -> None:
-    Connector(ConnectorConfig(states=32, embeds=32, length=77, width=16, heads=2, layers=1)).save(tmp_path / "a")
+    config = ConnectorConfig(input_dim=32, output_dim=32, max_length=77, width=16, heads=2, layers=1)
+    Connector(config).save(tmp_path / "a")
     models = [
         f"lmm={seeing_folder}",
         f"image_model={stable_diffusion_folder}",
@@ -302,35 +303,44 @@ def test_the_command(
         ["--lmm", str(seeing_folder), "--model", str(stable_diffusion_folder), "--device", "cpu"],
     )
     small = ["--steps", "2", "--size", "32x32", "-o", str(out)]
-    assert cli.main(["generate", "a red dog", *small, *where, "--adapter", str(composed)]) == 0 and out.exists()
+    assert cli.main(["generate", "a red dog", *small, *where, "--connector", str(composed)]) == 0 and out.exists()
     assert (
-        cli.main(["edit", str(out), "a hill", *small[4:], *where, "--dtype", "bfloat16", "--adapter", str(composed)])
+        cli.main(["edit", str(out), "a hill", *small[4:], *where, "--dtype", "bfloat16", "--connector", str(composed)])
         == 0
     )
-    assert cli.main(["info", *where, "--adapter", str(composed)]) == 0
+    assert cli.main(["info", *where, "--connector", str(composed)]) == 0
     assert "77 embeddings of 32" in capsys.readouterr().out
-    assert cli.main(["generate", "a", *small, "--model", str(stable_diffusion_folder), "--adapter", str(composed)]) == 2
+    assert (
+        cli.main(["generate", "a", *small, "--model", str(stable_diffusion_folder), "--connector", str(composed)]) == 2
+    )
     assert "--lmm" in capsys.readouterr().err
+    assert cli.main(["generate", "a", *small, *where, "--adapter", str(composed)]) == 2
+    assert "--adapter is called --connector now" in capsys.readouterr().err
+    with pytest.raises(TypeError, match=r"load\(\): the argument 'adapter' is called 'connector' now"):
+        unigen.load(lmm="a", image_model="b", adapter="c")  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
-        ({"states": 48}, "reads states of width 48, the lmm has 32"),
-        ({"embeds": 24}, "embeddings of width 24, the pipeline takes 32"),
-        ({"length": 10}, "so many of them: 10, the pipeline takes 77"),
-        ({"pooled": 8}, "pooled one of width 8, the pipeline takes 0"),
-        ({"free": True}, "how many count: True, for the pipeline it is False"),
+        ({"input_dim": 48}, "reads states of width 48, the lmm has 32"),
+        ({"output_dim": 24}, "embeddings of width 24, the pipeline takes 32"),
+        ({"max_length": 10}, "so many of them: 10, the pipeline takes 77"),
+        ({"pooled_dim": 8}, "pooled one of width 8, the pipeline takes 0"),
+        ({"variable_length": True}, "how many count: True, for the pipeline it is False"),
     ],
 )
-def test_an_adapter_of_another_pair(
+def test_a_connector_of_another_pair(
     changed: dict[str, Any], reason: str, seeing_folder: Path, stable_diffusion_folder: Path, tmp_path: Path
 ) -> None:
-    settings = {"states": 32, "embeds": 32, "length": 77, "width": 16, "heads": 2, "layers": 1}
+    settings = {"input_dim": 32, "output_dim": 32, "max_length": 77, "width": 16, "heads": 2, "layers": 1}
     Connector(ConnectorConfig(**settings | changed)).save(tmp_path / "a")
     with pytest.raises(ValueError, match=f"does not fit these models: .*{reason}") as caught:
         unigen.load(
-            device="cpu", lmm=str(seeing_folder), generator=str(stable_diffusion_folder), adapter=str(tmp_path / "a")
+            device="cpu",
+            lmm=str(seeing_folder),
+            image_model=str(stable_diffusion_folder),
+            connector=str(tmp_path / "a"),
         )
     assert "\n" not in str(caught.value)
 
@@ -346,13 +356,13 @@ def corrupt_file(folder: Path) -> None:
         (corrupt_file, "cannot be read"),
         (lambda f: (f / "model.safetensors").unlink(), "cannot be read"),
         (lambda f: (f / "config.json").unlink(), "is missing"),
-        (lambda f: (f / "config.json").write_text('{"model_type": "llama"}'), "is not an adapter's"),
+        (lambda f: (f / "config.json").write_text('{"model_type": "llama"}'), "is not a connector's"),
         (lambda f: (f / "config.json").write_text("{"), "cannot be read"),
         (lambda f: edit_config(f, layers=1), "does not fit the model: .* unknown: layers.1"),
         (lambda f: edit_config(f, heads=3), "multiple of its heads"),
     ],
 )
-def test_a_damaged_adapter(damage: Any, reason: str, composed: Path, tmp_path: Path) -> None:
+def test_a_damaged_connector(damage: Any, reason: str, composed: Path, tmp_path: Path) -> None:
     shutil.copytree(composed, tmp_path / "a")
     damage(tmp_path / "a")
     with pytest.raises(ValueError, match=reason) as caught:
@@ -374,24 +384,24 @@ def test_what_cannot_be_joined(
     composed: Path,
     tmp_path: Path,
 ) -> None:
-    for generator, reason in ((dit_folder, "not told by prompt embeddings"), (janus_folder, "diffusers pipeline")):
+    for generator, reason in ((dit_folder, "does not take prompt embeddings"), (janus_folder, "diffusers pipeline")):
         with pytest.raises(ValueError, match=reason):
-            unigen.load(device="cpu", lmm=str(causal_lm_folder), generator=str(generator), adapter=str(composed))
-    with pytest.raises(ValueError, match="both an lmm that reads and a generator that draws"):
-        unigen.load(device="cpu", adapter=str(composed))
+            unigen.load(device="cpu", lmm=str(causal_lm_folder), image_model=str(generator), connector=str(composed))
+    with pytest.raises(ValueError, match="both lmm, which reads, and image_model, which draws"):
+        unigen.load(device="cpu", connector=str(composed))
     with pytest.raises(ValueError, match="is missing"):  # before models that may be large are looked for
-        unigen.load(device="cpu", lmm="no such", generator="no such", adapter=str(causal_lm_folder / ".."))
+        unigen.load(device="cpu", lmm="no such", image_model="no such", connector=str(causal_lm_folder / ".."))
     with pytest.raises(ValueError, match="does not answer with text"):
         unigen.load(
             device="cpu",
             lmm=str(stable_diffusion_folder),
-            generator=str(stable_diffusion_folder),
-            adapter=str(composed),
+            image_model=str(stable_diffusion_folder),
+            connector=str(composed),
         )
     showo_case.checkpoint(tmp_path)
-    with pytest.raises(ValueError, match="cannot be the lmm of an adapter: it reads no words without a picture"):
-        unigen.load(device="cpu", lmm=str(tmp_path), generator=str(stable_diffusion_folder), adapter=str(composed))
-    with pytest.raises(ValueError, match="cannot be the lmm of an adapter"):
+    with pytest.raises(ValueError, match="cannot be the lmm of a connector: it reads no words without a picture"):
+        unigen.load(device="cpu", lmm=str(tmp_path), image_model=str(stable_diffusion_folder), connector=str(composed))
+    with pytest.raises(ValueError, match="cannot be the lmm of a connector"):
         recipe.build(apply_overrides(recipe.config(), [f"lmm={tmp_path}", f"image_model={stable_diffusion_folder}"]))
     for wrong, reason in (([], "name both models"), ([f"image_model={janus_folder}"], "diffusers pipeline")):
         with pytest.raises(ValueError, match=reason):

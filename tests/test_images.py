@@ -587,7 +587,7 @@ def test_every_method_takes_every_kind_of_picture(engine: Any, tmp_path: Path, m
         "stream": lambda x: list(engine.stream([x, "a dog"], "image"))[0],
         "edit": lambda x: engine.edit(x, "a dog"),
         "inpaint": lambda x: engine.inpaint(x, "a dog", "mask.png", steps=2),
-        "pair": lambda x: engine.pair(image=x)[1],
+        "pair": lambda x: engine.generate_joint(image=x)[1],
     }
     for name, call in calls.items():
         wanted = call(upright)

@@ -74,8 +74,8 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def test_a_model_that_sees_joins_one_that_draws(folder: Path, stable_diffusion_folder: Path) -> None:
-    pair = unigen.load(device="cpu", lmm=str(folder), generator=str(stable_diffusion_folder))
-    assert pair.info()["reads"]["sees"]
+    pair = unigen.load(device="cpu", lmm=str(folder), image_model=str(stable_diffusion_folder))
+    assert pair.info()["text_model"]["sees"]
     assert isinstance(pair.describe(RED, max_tokens=4), str)
     assert pair.edit(RED, "put it in the snow", steps=2, max_tokens=4).size
     assert isinstance(pair.generate("what is it", "text", max_tokens=4), str)

@@ -55,8 +55,8 @@ def test_two_dashes_are_no_value(capsys: pytest.CaptureFixture[str], line: list[
 @pytest.mark.parametrize(
     "line",
     [
-        ["pair", "x", "-o", ""],
-        ["pair", "--image", ""],
+        ["joint", "x", "-o", ""],
+        ["joint", "--image", ""],
         ["inpaint", "a.png", "x", "--mask", ""],
         ["info", "--json", ""],
         ["chat", "--folder", " "],
@@ -105,7 +105,7 @@ def test_help_of_eval_says_what_each_task_does(capsys: pytest.CaptureFixture[str
 
 @pytest.mark.parametrize(
     ("command", "default"),
-    [("generate", "next-token"), ("inpaint", "masked"), ("pair", "joint"), ("edit", "next-token")],
+    [("generate", "next-token"), ("inpaint", "masked"), ("joint", "joint"), ("edit", "next-token")],
 )
 def test_help_names_the_default_generator(command: str, default: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

@@ -28,9 +28,9 @@ HEAD = "| class | draws | edits | inpaints | options |\n| --- | --- | --- | --- 
 def row(engine: DiffusersEngine) -> str:
     """A class's row of the table."""
     facts = engine.info()
-    draws = "no" if facts["draws"].startswith("no") else facts["draws"]
+    draws = "no" if facts["prompt_type"].startswith("no") else facts["prompt_type"]
     solvers = f" ({', '.join(facts['solvers'])})" if facts["solvers"] else ""
-    edits, inpaints = ("no" if facts[name] == "no" else "yes" for name in ("edits", "inpaints"))
+    edits, inpaints = ("no" if facts[name] == "no" else "yes" for name in ("edit_pipeline", "inpaint_pipeline"))
     return f"| {facts['pipeline']} | {draws} | {edits} | {inpaints} | {', '.join(facts['takes'])}{solvers} |"
 
 
@@ -47,13 +47,13 @@ def test_a_class_does_what_its_row_says(name: str, root: Path) -> None:
     picture, mask = Image.fromarray(noise), np.zeros_like(noise)
     mask[:, 35:] = 255
     tasks: list[tuple[str, Any]] = []
-    if not facts["draws"].startswith("no"):
+    if not facts["prompt_type"].startswith("no"):
         tasks.append(("text", lambda **more: engine.generate(words_of(engine), seed=3, **more)))
         drawn = engine.generate(words_of(engine), seed=3, **base(engine, "text"))
         assert drawn.tobytes() == diffusers_draws(engine).tobytes()
-    if facts["edits"] != "no":
+    if facts["edit_pipeline"] != "no":
         tasks.append(("edit", lambda **more: engine.edit(picture, "a hill", seed=3, **more)))
-    if facts["inpaints"] != "no":
+    if facts["inpaint_pipeline"] != "no":
         tasks.append(("inpaint", lambda **more: engine.inpaint(picture, "a hill", mask, seed=3, **more)))
     assert tasks
     for task, ask in tasks:

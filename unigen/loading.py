@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from unigen.utils.keyword_renames import keyword_renames
 from unigen.utils.text import shorten
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ DEFAULT_MODEL = "unigen-tiny"
 """The shipped model."""
 
 
+@keyword_renames(adapter="connector", generator="image_model")
 def load(
     name: str | None = None,
     device: str | None = None,
@@ -28,8 +30,8 @@ def load(
     *,
     quantization: str | None = None,
     lmm: str | None = None,
-    generator: str | None = None,
-    adapter: str | None = None,
+    image_model: str | None = None,
+    connector: str | None = None,
     engine: str = "local",
     vllm: dict[str, object] | None = None,
 ) -> InferenceEngine:
@@ -43,11 +45,11 @@ def load(
             for other public models, but float32 on a CPU that is slow in that (`unigen.utils.precision.load_dtype`).
         quantization: "8bit" or "4bit", for the weights of the language model, or of both composed ones; all else is as
             dtype says.
-        lmm: instead of `name`, a model that reads and answers in text; it writes the prompts for `generator`
+        lmm: instead of `name`, a model that reads and answers in text; it writes the prompts for `image_model`
             (`unigen.backends.composed`).
-        generator: the model that draws for `lmm`.
-        adapter: a folder of a connector, by which a pipeline is conditioned on the hidden states of `lmm`
-            (`unigen.backends.connector`).
+        image_model: the model that generates images for `lmm`.
+        connector: a folder of a connector, by which the pipeline `image_model` is conditioned on the hidden states of
+            `lmm` (`unigen.backends.connector`).
         engine: "local", or "vllm" to run the language model of `name` on vLLM (`unigen.backends.vllm_engine`).
         vllm: arguments of vLLM's engine, such as {"max_model_len": 4096}.
 
@@ -58,26 +60,26 @@ def load(
         ValueError: in one line, for an unknown model, a damaged folder, or a device or package that is not there.
     """
     check_dtype(dtype)
-    check_names(name=name, lmm=lmm, generator=generator, adapter=adapter)
+    check_names(name=name, lmm=lmm, image_model=image_model, connector=connector)
     if vllm is not None and not isinstance(vllm, dict):
         raise ValueError(f"vllm must be a dict of arguments of vLLM's engine, not {shorten(vllm)}")
     placement = resolve_placement(device, dtype, quantization)
     if not isinstance(engine, str) or engine not in BACKENDS:
         raise ValueError(f"unknown engine {shorten(engine)}: one of {', '.join(BACKENDS)}")
     if engine == "vllm":
-        if lmm or generator or adapter or quantization:
-            raise ValueError("vLLM serves one model as it is: leave lmm, generator, adapter and quantization out")
+        if lmm or image_model or connector or quantization:
+            raise ValueError("vLLM serves one model as it is: leave lmm, image_model, connector and quantization out")
         from unigen.backends import vllm_engine
 
         return vllm_engine.load(name or DEFAULT_MODEL, placement.device, placement.dtype, vllm)
     if vllm:
         raise ValueError("arguments of vLLM's engine are for engine vllm: leave them out")
     placement.check_quantization()
-    if lmm is None and generator is None and adapter is None:
+    if lmm is None and image_model is None and connector is None:
         return load_one(name or DEFAULT_MODEL, placement)
-    if lmm is None or generator is None or name is not None:
-        raise ValueError("give one name, or both an lmm that reads and a generator that draws")
-    return _load_composed(lmm, generator, adapter, placement)
+    if lmm is None or image_model is None or name is not None:
+        raise ValueError("give one name, or both lmm, which reads, and image_model, which draws")
+    return _load_composed(lmm, image_model, connector, placement)
 
 
 def load_local(
@@ -110,15 +112,16 @@ def load_local(
     return _load_engine(folder, variant, placement)
 
 
+@keyword_renames(adapter="connector", generator="image_model")
 def load_composed(
-    lmm: str, generator: str, adapter: str | None = None, device: str | None = None, dtype: str | None = None
+    lmm: str, image_model: str, connector: str | None = None, device: str | None = None, dtype: str | None = None
 ) -> ComposedEngine:
     """Load two models composed into one engine, for what works on its parts.
 
     Args:
         lmm: as of `load`.
-        generator: as of `load`.
-        adapter: as of `load`.
+        image_model: as of `load`.
+        connector: as of `load`.
         device: as of `load`.
         dtype: as of `load`.
 
@@ -129,8 +132,8 @@ def load_composed(
         ValueError: as `load`.
     """
     check_dtype(dtype)
-    check_names(lmm=lmm, generator=generator, adapter=adapter)
-    return _load_composed(lmm, generator, adapter, resolve_placement(device, dtype, None))
+    check_names(lmm=lmm, image_model=image_model, connector=connector)
+    return _load_composed(lmm, image_model, connector, resolve_placement(device, dtype, None))
 
 
 @dataclass(frozen=True)
@@ -279,12 +282,12 @@ def _load_dtype(folder: Path, placement: Placement) -> tuple[torch.dtype | None,
     return getattr(torch, name) if name else None, note
 
 
-def _load_composed(lmm: str, generator: str, adapter: str | None, placement: Placement) -> ComposedEngine:
+def _load_composed(lmm: str, image_model: str, connector: str | None, placement: Placement) -> ComposedEngine:
     from unigen.backends.composed import ComposedEngine
     from unigen.backends.connector import load_connector
     from unigen.hub.resolve import resolve
 
     # the smallest of them first
-    connector = None if adapter is None else load_connector(resolve(adapter)[0])
+    connector_module = None if connector is None else load_connector(resolve(connector)[0])
     text_engine = load_one(lmm, placement, reads=True, composed=True)
-    return ComposedEngine(text_engine, load_one(generator, placement, composed=True), connector)
+    return ComposedEngine(text_engine, load_one(image_model, placement, composed=True), connector_module)

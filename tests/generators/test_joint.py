@@ -66,7 +66,7 @@ def generate_pair(engine: Engine, **given: Any) -> tuple[str, list[list[int]]]:
     pictures = generator.decode
     generator.decode = lambda model, states: kept.append(pictures(model, states)) or kept[-1]  # type: ignore[method-assign]
     try:
-        said, _ = engine.pair(**given)
+        said, _ = engine.generate_joint(**given)
     finally:
         del generator.decode  # type: ignore[attr-defined]
     return said, kept[-1][0].tolist()
@@ -98,7 +98,7 @@ def test_what_is_given_stays_whatever_the_model_says(engine: Engine) -> None:
     said = [generate_pair(engine, temperature=1.5, seed=seed)[0] for seed in range(3)]
     assert all(said)
     generator: Any = engine.model.generators["joint"]
-    request = engine.request(Document([Segment(text="")]), "pair", generator="joint", temperature=1.5)
+    request = engine.request(Document([Segment(text="")]), "joint", generator="joint", temperature=1.5)
     kept: list[Any] = []
     generator.decode = lambda model, states: kept.extend(states) or type(generator).decode(generator, model, states)
     try:
@@ -106,16 +106,18 @@ def test_what_is_given_stays_whatever_the_model_says(engine: Engine) -> None:
     finally:
         del generator.decode
     assert len(kept[0].text_ids) == 32 and not set(kept[0].text_ids) & set(generator.special_ids)
-    pairs = engine.pair(TEXTS[1], n=3)
+    pairs = engine.generate_joint(TEXTS[1], n=3)
     assert [type(part) for part in pairs[2]] == [str, Image.Image] and pairs[0][0] == TEXTS[1] and len(pairs) == 3
     with pytest.raises(ValueError, match="the text is empty"):
-        engine.pair(" ")
+        engine.generate_joint(" ")
+    with pytest.raises(ValueError, match="the output 'pair' is called 'joint' now"):
+        engine.generate("a dog", "pair")
 
 
 def test_the_blind_branch_reads_no_words(engine: Engine) -> None:
     model = engine.model
     generator = model.generators["joint"]
-    assert engine.outputs[-1] == "pair" and generator.special_ids  # type: ignore[attr-defined]
+    assert engine.outputs[-1] == "joint" and generator.special_ids  # type: ignore[attr-defined]
     request = engine.request(TEXTS[0], "image", generator="joint")
     row = engine.new_scheduler().new_sequence(request)
     assert row.state is not None and isinstance(row.state, MaskedState)
@@ -142,14 +144,16 @@ def test_on_the_command_line(tiny_folder: Path, tmp_path: Path, capsys: pytest.C
     picture = tmp_path / "given.png"
     Image.fromarray(PICTURES[0]).save(picture)
     engine, model = Engine(load(tiny_folder)), ["--model", str(tiny_folder)]
-    assert main(["pair", "--image", str(picture), *model]) == 0
-    assert capsys.readouterr().out == engine.pair(image=PICTURES[0])[0] + "\n"
+    assert main(["joint", "--image", str(picture), *model]) == 0
+    assert capsys.readouterr().out == engine.generate_joint(image=PICTURES[0])[0] + "\n"
     out = tmp_path / "pair.png"
-    assert main(["pair", "-o", str(out), *model]) == 0
-    text, image = engine.pair()
+    assert main(["joint", "-o", str(out), *model]) == 0
+    text, image = engine.generate_joint()
     assert capsys.readouterr().out.splitlines() == [*text.splitlines(), str(out)]
     assert np.array_equal(np.asarray(Image.open(out)), np.asarray(image))
-    assert main(["pair", "a dog", "--image", str(picture), *model]) == 2
+    assert main(["joint", "a dog", "--image", str(picture), *model]) == 2
     assert "the picture is there" in capsys.readouterr().err
-    assert main(["pair", "a dog", "--generator", "masked", *model]) == 2
+    assert main(["pair", "a dog", *model]) == 2
+    assert "the command pair is called joint now" in capsys.readouterr().err
+    assert main(["joint", "a dog", "--generator", "masked", *model]) == 2
     assert "need a generator that writes both (joint)" in capsys.readouterr().err

@@ -161,7 +161,7 @@ def test_every_way_of_writing(kind: str, tiny_folder: Path) -> None:
 @needs
 def test_a_reader_of_transformers(causal_lm_folder: Path) -> None:
     painter = "unigen-tiny"
-    pair = unigen.load(device="cpu", lmm=str(causal_lm_folder), generator=painter, quantization="8bit")
+    pair = unigen.load(device="cpu", lmm=str(causal_lm_folder), image_model=painter, quantization="8bit")
     assert [part["precision"] for part in pair.info().values() if isinstance(part, dict)] == [
         "8bit, tables and head float32"
     ] * 2

@@ -299,7 +299,7 @@ def test_vllm_engine_has_the_engine_api(engine: Any, local: Any) -> None:
     pieces, wanted = list(engine.stream("a story", **told)), list(local.stream("a story", **told))
     assert [p for p in pieces if isinstance(p, str)] == [p for p in wanted if isinstance(p, str)]
     info = engine.info()
-    assert info["generators"] == ["next-token"] and "pair" not in info["outputs"]
+    assert info["generators"] == ["next-token"] and "joint" not in info["outputs"]
     assert info["backbone"] == local.info()["backbone"]
 
 

@@ -139,7 +139,7 @@ def test_other_capabilities(engine: Any, local: Any) -> None:
     mask = Image.new("L", (64, 64), 0)
     mask.paste(255, (0, 0, 32, 64))
     assert assert_same(engine.inpaint(paper, "a blue horse", mask), local.inpaint(paper, "a blue horse", mask))
-    given, wanted = engine.pair("a red dog", seed=2), local.pair("a red dog", seed=2)
+    given, wanted = engine.generate_joint("a red dog", seed=2), local.generate_joint("a red dog", seed=2)
     assert given[0] == wanted[0] and assert_same(given[1], wanted[1])
     captions = [local.describe(paper, candidates=n, max_tokens=12) for n in (1, 6)]
     assert [engine.describe(paper, candidates=n, max_tokens=12) for n in (1, 6)] == captions

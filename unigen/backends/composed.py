@@ -1,7 +1,7 @@
 """A model that reads and answers with text, and one that generates images, composed into one engine. They are joined by
 prompts, or by hidden states where a connector is given (`unigen.backends.connector`).
 
-    engine = unigen.load(lmm="Qwen/Qwen3-VL-2B-Instruct", generator="stable-diffusion-v1-5/stable-diffusion-v1-5")
+    engine = unigen.load(lmm="Qwen/Qwen3-VL-2B-Instruct", image_model="stable-diffusion-v1-5/stable-diffusion-v1-5")
     engine.describe(image)                                  # the text engine
     engine.generate("a shiba inu")                          # the image engine
     engine.edit(image, "put it in the snow")                # the text engine writes a prompt, the image engine draws it
@@ -187,8 +187,8 @@ class ComposedEngine(BaseEngine):
         return {
             "outputs": list(self.outputs),
             "system": text_info.get("system", False),
-            "reads": text_info,
-            "draws": self.image_engine.info(),
+            "text_model": text_info,
+            "image_model": self.image_engine.info(),
         }
 
     def default_options(self, output: Output, given: Mapping[str, OptionValue] | None = None) -> dict[str, OptionValue]:
@@ -200,7 +200,7 @@ class ComposedEngine(BaseEngine):
         return {} if defaults == FALLBACK_SAMPLING and "temperature" in (given or {}) else defaults
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(lmm={self.text_engine!r}, generator={self.image_engine!r})"
+        return f"{type(self).__name__}(lmm={self.text_engine!r}, image_model={self.image_engine!r})"
 
     # ---------------------------------------------------------------- how it is done
 

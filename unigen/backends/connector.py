@@ -1,8 +1,8 @@
 """A language model joined to a diffusers pipeline by hidden states: a small network maps the states of the one to the
 prompt embeddings of the other.
 
-    engine = unigen.load(lmm="Qwen/Qwen3-VL-2B-Instruct", generator="stable-diffusion-v1-5/stable-diffusion-v1-5",
-                         adapter="runs/adapter/model")
+    engine = unigen.load(lmm="Qwen/Qwen3-VL-2B-Instruct", image_model="stable-diffusion-v1-5/stable-diffusion-v1-5",
+                         connector="runs/connector/model")
     engine.generate([picture, "the same dog in the snow"])      # the picture is read, and never put into words
 
 Learned queries attend to the last hidden states of the whole document, images included, and their outputs replace the
@@ -22,9 +22,10 @@ Q queries.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -55,15 +56,24 @@ ENCODE_PROMPT_ARGUMENTS = {"num_images_per_prompt": 1, "do_classifier_free_guida
 class ConnectorConfig:
     """Widths and lengths of a connector."""
 
-    states: int
+    RENAMED: ClassVar[Mapping[str, str]] = {
+        "states": "input_dim",
+        "embeds": "output_dim",
+        "length": "max_length",
+        "pooled": "pooled_dim",
+        "free": "variable_length",
+    }
+    """Keys of version 0.1, and their names now."""
+
+    input_dim: int
     """Width D of the hidden states."""
-    embeds: int
+    output_dim: int
     """Width W of a prompt embedding."""
-    length: int
-    """Embeddings of a prompt; the most of them where `free`."""
-    pooled: int = 0
+    max_length: int
+    """Embeddings of a prompt; the most of them where `variable_length`."""
+    pooled_dim: int = 0
     """Width P of the pooled embedding; 0 where the pipeline has none."""
-    free: bool = False
+    variable_length: bool = False
     """Whether a prompt may have fewer embeddings."""
     width: int = 512
     """Width E inside."""
@@ -73,10 +83,11 @@ class ConnectorConfig:
     """Attention heads of a layer."""
 
     def __post_init__(self) -> None:
-        if min(self.states, self.embeds, self.length, self.width, self.layers, self.heads, self.pooled + 1) < 1:
-            raise ValueError("an adapter's widths, length, layers and heads must be at least 1")
+        sizes = (self.input_dim, self.output_dim, self.max_length, self.width, self.layers, self.heads)
+        if min(*sizes, self.pooled_dim + 1) < 1:
+            raise ValueError("a connector's widths, length, layers and heads must be at least 1")
         if self.width % self.heads:
-            raise ValueError(f"an adapter's width ({self.width}) must be a multiple of its heads ({self.heads})")
+            raise ValueError(f"a connector's width ({self.width}) must be a multiple of its heads ({self.heads})")
 
 
 class Connector(nn.Module):
@@ -86,54 +97,62 @@ class Connector(nn.Module):
         config: its widths and lengths.
     """
 
+    OLD_KEYS: ClassVar[Mapping[str, str]] = {
+        "enter": "proj_in",
+        "embeds": "proj_out",
+        "pooled": "pooled_proj",
+        "counts": "length_head",
+    }
+    """Names of layers in version 0.1, and their names now."""
+
     def __init__(self, config: ConnectorConfig) -> None:
         super().__init__()
         self.config, width = config, config.width
-        self.enter = nn.Sequential(nn.LayerNorm(config.states), nn.Linear(config.states, width))
-        self.queries = nn.Parameter(torch.randn(config.length + bool(config.pooled), width) * 0.02)
+        self.proj_in = nn.Sequential(nn.LayerNorm(config.input_dim), nn.Linear(config.input_dim, width))
+        self.queries = nn.Parameter(torch.randn(config.max_length + bool(config.pooled_dim), width) * 0.02)
         self.layers = nn.ModuleList(
             nn.TransformerDecoderLayer(width, config.heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
             for _ in range(config.layers)
         )
         self.norm = nn.LayerNorm(width)
-        self.embeds = nn.Linear(width, config.embeds)
-        self.pooled = nn.Linear(width, config.pooled) if config.pooled else None
-        self.counts = nn.Linear(width, 1) if config.free else None
+        self.proj_out = nn.Linear(width, config.output_dim)
+        self.pooled_proj = nn.Linear(width, config.pooled_dim) if config.pooled_dim else None
+        self.length_head = nn.Linear(width, 1) if config.variable_length else None
 
-    def forward(self, states_BSD: Tensor, seen_BS: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def forward(self, hidden_BSD: Tensor, mask_BS: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Map hidden states to prompt embeddings.
 
         Args:
-            states_BSD: hidden states.
-            seen_BS: bool, False where states are padding.
+            hidden_BSD: hidden states.
+            mask_BS: bool, False at padding.
 
         Returns:
             Embeddings (B, L, W); the pooled ones (B, P) or None; logits (B, L) of whether each embedding counts, or
             None.
         """
-        states_BSE = self.enter(states_BSD)
-        x_BQE = self.queries.expand(len(states_BSE), -1, -1)
+        hidden_BSE = self.proj_in(hidden_BSD)
+        x_BQE = self.queries.expand(len(hidden_BSE), -1, -1)
         for layer in self.layers:
-            x_BQE = layer(x_BQE, states_BSE, memory_key_padding_mask=~seen_BS)
+            x_BQE = layer(x_BQE, hidden_BSE, memory_key_padding_mask=~mask_BS)
         x_BQE = self.norm(x_BQE)
-        x_BLE = x_BQE[:, : self.config.length]
-        pooled_BP = None if self.pooled is None else self.pooled(x_BQE[:, -1])
-        counts_BL = None if self.counts is None else self.counts(x_BLE).squeeze(-1)
-        return self.embeds(x_BLE), pooled_BP, counts_BL
+        x_BLE = x_BQE[:, : self.config.max_length]
+        pooled_BP = None if self.pooled_proj is None else self.pooled_proj(x_BQE[:, -1])
+        counts_BL = None if self.length_head is None else self.length_head(x_BLE).squeeze(-1)
+        return self.proj_out(x_BLE), pooled_BP, counts_BL
 
     @torch.no_grad()
-    def prompt_embeds(self, states_SD: Tensor) -> PromptEmbeds:
+    def prompt_embeds(self, hidden_SD: Tensor) -> PromptEmbeds:
         """The prompt embeddings of one document.
 
         Args:
-            states_SD: hidden states of the document.
+            hidden_SD: hidden states of the document.
 
         Returns:
             One sample without padding.
         """
-        states_1SD = states_SD[None].to(self.queries)
-        embeds_1LW, pooled_1P, counts_1L = self(states_1SD, states_1SD.new_ones(states_1SD.shape[:2], dtype=torch.bool))
-        length = self.config.length
+        hidden_1SD = hidden_SD[None].to(self.queries)
+        embeds_1LW, pooled_1P, counts_1L = self(hidden_1SD, hidden_1SD.new_ones(hidden_1SD.shape[:2], dtype=torch.bool))
+        length = self.config.max_length
         if counts_1L is not None:
             length = max(1, int((counts_1L[0] > 0).long().cumprod(0).sum()))
         return PromptEmbeds(embeds_1LW[:, :length], pooled_MP=pooled_1P)
@@ -166,10 +185,10 @@ def load_connector(folder: str | Path) -> Connector:
     try:
         config = from_dict(ConnectorConfig, settings)
     except ValueError as error:
-        raise ValueError(f"{folder / CONFIG} is not an adapter's: {error}") from error
-    adapter = Connector(config)
-    load_strict(adapter, read_tensors(folder / "model.safetensors"), folder)
-    return adapter.eval()
+        raise ValueError(f"{folder / CONFIG} is not a connector's: {error}") from error
+    connector = Connector(config)
+    load_strict(connector, read_tensors(folder / "model.safetensors"), folder)
+    return connector.eval()
 
 
 class ConnectedDiffusersEngine(DiffusersEngine):
@@ -192,20 +211,20 @@ class ConnectedDiffusersEngine(DiffusersEngine):
         super().__init__(pipe)
         self.text_engine, self.connector = text_engine, connector.to(pipe.device)
         config = connector.config
-        expected = connector_config(text_engine, pipe, config.length)
+        expected = connector_config(text_engine, pipe, config.max_length)
         requirements = [
-            ("reads states of width", config.states, expected.states, "the lmm has"),
-            ("makes embeddings of width", config.embeds, expected.embeds, "the pipeline takes"),
-            ("makes so many of them:", config.length, expected.length, "the pipeline takes"),
-            ("makes a pooled one of width", config.pooled, expected.pooled, "the pipeline takes"),
-            ("says how many count:", config.free, expected.free, "for the pipeline it is"),
+            ("reads states of width", config.input_dim, expected.input_dim, "the lmm has"),
+            ("makes embeddings of width", config.output_dim, expected.output_dim, "the pipeline takes"),
+            ("makes so many of them:", config.max_length, expected.max_length, "the pipeline takes"),
+            ("makes a pooled one of width", config.pooled_dim, expected.pooled_dim, "the pipeline takes"),
+            ("says how many count:", config.variable_length, expected.variable_length, "for the pipeline it is"),
         ]
         if mismatches := [
             f"it {description} {actual}, {owner} {required}"
             for description, actual, required, owner in requirements
             if actual != required
         ]:
-            raise ValueError(f"the adapter does not fit these models: {'; '.join(mismatches)}")
+            raise ValueError(f"the connector does not fit these models: {'; '.join(mismatches)}")
 
     @torch.inference_mode()
     def _prompt_arguments(self, document: Document) -> dict[str, object]:
@@ -219,9 +238,9 @@ class ConnectedDiffusersEngine(DiffusersEngine):
     def info(self) -> EngineInfo:
         """See `InferenceEngine.info`."""
         count, c = sum(p.numel() for p in self.connector.parameters()), self.connector.config
-        most = "at most " if c.free else ""
-        size = f"{count / 1e6:.1f}M parameters, {most}{c.length} embeddings of {c.embeds}"
-        return {**super().info(), "adapter": size}
+        most = "at most " if c.variable_length else ""
+        size = f"{count / 1e6:.1f}M parameters, {most}{c.max_length} embeddings of {c.output_dim}"
+        return {**super().info(), "connector": size}
 
 
 @torch.no_grad()
@@ -244,13 +263,13 @@ def encode_prompt(pipe: Pipeline, words: str) -> PromptEmbeds:
         name for name in defaults if name.startswith(("prompt_embeds_", "prior_token")) and name not in MASK_ARGUMENTS
     ]
     if "prompt_embeds" not in defaults or extra_arguments or not hasattr(pipe, "encode_prompt"):
-        raise ValueError(f"{kind} is not told by prompt embeddings alone: an adapter cannot tell it what to draw")
+        raise ValueError(f"{kind} does not take prompt embeddings alone: a connector cannot condition it")
     arguments = defaults | ENCODE_PROMPT_ARGUMENTS | {"prompt": [words], "device": pipe.device}
     parameters = inspect.signature(pipe.encode_prompt).parameters
     outputs = pipe.encode_prompt(**{name: value for name, value in arguments.items() if name in parameters})
     embeds, *extras = outputs if isinstance(outputs, tuple) else (outputs,)
     if not isinstance(embeds, Tensor) or embeds.ndim != 3:
-        raise ValueError(f"{kind} has prompt embeddings of a kind of its own: an adapter cannot tell it what to draw")
+        raise ValueError(f"{kind} has prompt embeddings of a kind of its own: a connector cannot condition it")
     matrices = [part for part in extras if isinstance(part, Tensor) and part.ndim == 2]
     pooled = [part for part in matrices if POOLED_ARGUMENT in defaults]
     masks = [
@@ -277,16 +296,16 @@ def connector_config(text_engine: InferenceEngine, pipe: Pipeline, length: int) 
     """
     reference = encode_prompt(pipe, "a")
     try:
-        states = text_engine.hidden_states("a").shape[1]
+        input_dim = text_engine.hidden_states("a").shape[1]
     except UnsupportedError as error:
-        raise ValueError("this model cannot be the lmm of an adapter: it reads no words without a picture") from error
-    free = any(name in call_parameters(pipe) for name in MASK_ARGUMENTS)
+        raise ValueError("this model cannot be the lmm of a connector: it reads no words without a picture") from error
+    variable_length = any(name in call_parameters(pipe) for name in MASK_ARGUMENTS)
     return ConnectorConfig(
-        states=states,
-        embeds=reference.embeds_MND.shape[2],
-        length=length if free else reference.embeds_MND.shape[1],
-        pooled=0 if reference.pooled_MP is None else reference.pooled_MP.shape[1],
-        free=free,
+        input_dim=input_dim,
+        output_dim=reference.embeds_MND.shape[2],
+        max_length=length if variable_length else reference.embeds_MND.shape[1],
+        pooled_dim=0 if reference.pooled_MP is None else reference.pooled_MP.shape[1],
+        variable_length=variable_length,
     )
 
 
@@ -303,5 +322,5 @@ def require_pipeline(engine: InferenceEngine) -> Pipeline:
         ValueError: for an engine without one.
     """
     if engine.pipeline is None:
-        raise ValueError("an adapter tells a diffusers pipeline what to draw: give one as generator, or no adapter")
+        raise ValueError("a connector conditions a diffusers pipeline: give one as image_model, or no connector")
     return engine.pipeline  # type: ignore[return-value]

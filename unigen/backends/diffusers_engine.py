@@ -203,19 +203,19 @@ class DiffusersEngine(BaseEngine):
 
     def info(self) -> EngineInfo:
         """See `InferenceEngine.info`."""
-        parts = {name: part for name, part in self.pipe.components.items() if isinstance(part, torch.nn.Module)}
-        counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+        modules = {name: part for name, part in self.pipe.components.items() if isinstance(part, torch.nn.Module)}
+        counts = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
         variants = {task: self._variant_or_none(task) for task in ("text", "edit", "inpaint")}
         main = next((variant for variant in variants.values() if variant), self.pipe)
         prompt_type = "classes" if "class_labels" in self.call_parameters else "words"
         return {
             "family": "diffusion pipeline",
             "pipeline": type(self.pipe).__name__,
-            "parts": {name: f"{count / 1e6:.1f}M parameters" for name, count in counts.items()},
+            "components": {name: f"{count / 1e6:.1f}M parameters" for name, count in counts.items()},
             "scheduler": type(self.default_scheduler).__name__,
-            "draws": prompt_type if variants["text"] else "no: it changes pictures",
-            "edits": type(variants["edit"]).__name__ if variants["edit"] else "no",
-            "inpaints": type(variants["inpaint"]).__name__ if variants["inpaint"] else "no",
+            "prompt_type": prompt_type if variants["text"] else "no: it changes pictures",
+            "edit_pipeline": type(variants["edit"]).__name__ if variants["edit"] else "no",
+            "inpaint_pipeline": type(variants["inpaint"]).__name__ if variants["inpaint"] else "no",
             "takes": self.options(main),
             "solvers": list(compatible_schedulers(main, self.default_scheduler)),
             "sampling": self.sampling,

@@ -148,7 +148,11 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_MODEL,
         help="a name, a folder, or owner/name on the hub (default: %(default)s)",
     )
-    group.add_argument("--lmm", type=non_empty, help="a model that reads and writes for the one that draws (--model)")
+    group.add_argument(
+        "--lmm",
+        type=non_empty,
+        help="a model that reads and writes text, and prompts for the one that draws (--model)",
+    )
     group.add_argument(
         "--engine",
         choices=loading.BACKENDS,
@@ -159,8 +163,11 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
         "--vllm", type=parse_setting, action="append", metavar="NAME=VALUE", help="of vLLM's engine; may be repeated"
     )
     group.add_argument(
-        "--adapter", type=non_empty, help="a folder: what the --lmm reads is told to a pipeline (--model) by its states"
+        "--connector",
+        type=non_empty,
+        help="a folder: a pipeline (--model) is conditioned on the hidden states of the --lmm",
     )
+    group.add_argument("--adapter", action=options.RenamedAction, const="--connector")
     precision.add_arguments(group)
 
 
@@ -192,11 +199,11 @@ def load_arguments(args: argparse.Namespace) -> dict[str, Any]:
         Keywords for `unigen.load`.
 
     Raises:
-        ValueError: where --adapter stands without --lmm.
+        ValueError: where --connector stands without --lmm.
     """
-    if args.adapter and not args.lmm:
-        raise ValueError("an adapter joins two models: give the one that reads too, by --lmm")
-    composed = {"lmm": args.lmm, "generator": args.model, "adapter": args.adapter}
+    if args.connector and not args.lmm:
+        raise ValueError("a connector joins two models: give the one that reads, too, by --lmm")
+    composed = {"lmm": args.lmm, "image_model": args.model, "connector": args.connector}
     keywords = (composed if args.lmm else {"name": args.model}) | precision.load_options(args)
     if args.vllm or args.engine != "local":
         keywords |= {"engine": args.engine, "vllm": dict(args.vllm or [])}

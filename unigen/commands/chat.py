@@ -14,7 +14,7 @@ from unigen.commands.arguments import (
 from unigen.utils import progress
 from unigen.utils.argparser import non_empty
 
-HELP = "talk in text and pictures, in the terminal"
+HELP = "chat in text and pictures, in the terminal"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-HELP = "a public checkpoint in our layout, back, or for vLLM"
+HELP = "convert a public checkpoint to our layout, back, or for vLLM"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

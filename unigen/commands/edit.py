@@ -15,7 +15,7 @@ from unigen.commands.arguments import (
     sampling_arguments,
 )
 
-HELP = "change a picture as told"
+HELP = "change a picture by an instruction"
 STDOUT = {"output": ".png"}
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 BATCH_SIZE = 16
 """Pictures made at a time."""
-HELP = "draw pictures from a sentence"
+HELP = "generate pictures from a sentence"
 STDOUT = {"output": ".png"}
 
 

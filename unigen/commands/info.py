@@ -11,7 +11,7 @@ from unigen.commands.arguments import (
 )
 from unigen.utils.argparser import non_empty
 
-HELP = "what a model is made of"
+HELP = "show what a model consists of"
 STDOUT = {"json": ".json"}
 
 

@@ -24,7 +24,7 @@ from unigen.utils.argparser import non_empty
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-HELP = "paint a part of a picture anew, or all around it"
+HELP = "generate a part of a picture anew, or its surroundings"
 STDOUT = {"output": ".png"}
 
 

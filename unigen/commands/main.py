@@ -35,7 +35,7 @@ ORDER = (
     "generate",
     "describe",
     "edit",
-    "pair",
+    "joint",
     "inpaint",
     "story",
     "chat",
@@ -46,6 +46,8 @@ ORDER = (
     "info",
 )
 """In which commands are listed; others follow by name."""
+RENAMED = {"pair": "joint"}
+"""Commands of version 0.1, and their names now."""
 
 
 def find_commands() -> dict[str, ModuleType]:
@@ -113,6 +115,8 @@ def dispatch(argv: list[str]) -> int:
         print(f"unigen {version('unigen')}")
         return 0
     name, arguments = argv[0], argv[1:]
+    if name in RENAMED:
+        raise ValueError(f"the command {name} is called {RENAMED[name]} now")
     if name not in COMMANDS:
         raise ValueError(f"no command {name!r}{did_you_mean(name, COMMANDS)} (commands: {', '.join(COMMANDS)})")
     command = COMMANDS[name]

@@ -15,7 +15,7 @@ from unigen.commands.arguments import (
 from unigen.utils.argparser import non_empty
 from unigen.utils.extras import require_extra
 
-HELP = "text and pictures behind the OpenAI API"
+HELP = "serve text and pictures by the OpenAI API"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -264,17 +264,39 @@ def rename_key(name: str, prefixes: KeyRenames, substitutions: KeyRenames = (), 
     return new + name[len(old) :]
 
 
+def rename_old_keys(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under the names that the layers of a module have now.
+
+    Args:
+        module: whose weights they are. A class whose layers have changed name has a table `OLD_KEYS` of their names in
+            version 0.1 and those now; children of any depth are looked at.
+        state: tensors by name.
+
+    Returns:
+        The same tensors by their names of today. Names that are not old stay.
+    """
+    renamed = dict(state)
+    for path, submodule in module.named_modules():  # parents first, whose new names are part of the path
+        prefix = f"{path}." if path else ""
+        for old, new in getattr(submodule, "OLD_KEYS", {}).items():
+            old_path = prefix + old
+            for key in [key for key in renamed if key == old_path or key.startswith(f"{old_path}.")]:
+                renamed[prefix + new + key[len(old_path) :]] = renamed.pop(key)
+    return renamed
+
+
 def load_strict(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
     """Load tensors into a module, none missing, none left over.
 
     Args:
         module: whose `state_dict` names them.
-        state: tensors by name.
+        state: tensors by name; names of version 0.1 are read, too.
         source: where they come from, for the message.
 
     Raises:
         ValueError: they differ in names or shapes; in one line that lists the first differences.
     """
+    state = rename_old_keys(module, state)
     expected = module.state_dict()
     missing_keys = [k for k in expected if k not in state]
     unknown_keys = [k for k in state if k not in expected]

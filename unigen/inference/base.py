@@ -83,7 +83,7 @@ class BaseEngine(ABC):
     def generate(
         self,
         prompt: Prompt,
-        output: Literal["interleaved", "pair"],
+        output: Literal["interleaved", "joint"],
         *,
         n: Literal[1] = 1,
         seed: int = 0,
@@ -192,10 +192,10 @@ class BaseEngine(ABC):
         """See `InferenceEngine.inpaint_window`. Inpainting is not limited to a part of the image."""
         return None
 
-    def pair(
+    def generate_joint(
         self, text: str | None = None, image: ImageSource | None = None, **options: OptionValue
     ) -> tuple[str, Image] | list[tuple[str, Image]]:
-        """See `InferenceEngine.pair`."""
+        """See `InferenceEngine.generate_joint`."""
         raise UnsupportedError("this model does not write a text and an image at once: give one that does")
 
     def score(self, documents: Sequence[Document], *, per_token: bool = False) -> list[Score]:

@@ -57,7 +57,7 @@ METHOD_OPTIONS = {
     "stream": REQUEST_OPTIONS,
     "describe": GENERATE_OPTIONS,
     "edit": GENERATE_OPTIONS,
-    "pair": GENERATE_OPTIONS,
+    "generate_joint": GENERATE_OPTIONS,
     "inpaint": tuple(name for name in GENERATE_OPTIONS if name != "fixed_codes"),
 }
 """The options of each method, which takes groups of them as `options` too."""
@@ -141,7 +141,7 @@ class Engine(BaseEngine):
                     bar.update(1)
         for answer in parts:
             answer[:] = [p.strip() if isinstance(p, str) else p for p in answer]
-        answers = parts if output in ("interleaved", "pair") else [answer[0] if answer else "" for answer in parts]
+        answers = parts if output in ("interleaved", "joint") else [answer[0] if answer else "" for answer in parts]
         return [self._to_result(sequence, answer) for sequence, answer in zip(sequences, answers, strict=True)]
 
     def _to_result(self, sequence: SequenceState, answer: Answer) -> GenerationResult:
@@ -196,15 +196,15 @@ class Engine(BaseEngine):
         return self.generate(prompt, "image", seed=seed, **options)
 
     @with_keywords
-    def pair(
+    def generate_joint(
         self, text: str | None = None, image: ImageSource | None = None, **options: Any
     ) -> tuple[str, Image] | list[tuple[str, Image]]:
-        """See `InferenceEngine.pair`. One generator writes both at once.
+        """See `InferenceEngine.generate_joint`. One generator writes both at once.
 
         A given text or image stays as the model reads it: the text in lower case and of limited length, the image as
         its codes. Without either, both are generated.
         """
-        self._check_option_names("pair", options)
+        self._check_option_names("generate_joint", options)
         if text is not None and not check_text("the text", text).strip():
             raise ValueError("the text is empty: say what the picture shows, or leave it out")
         document = Document([Segment(text=text or "")])
@@ -214,7 +214,7 @@ class Engine(BaseEngine):
             pixels = self.model.preprocess_images([read_image(image)])
             defaults = {"temperature": 0.0, "guidance": 1.0} | options  # all codes are fixed: none is sampled
             options = defaults | {"fixed_codes": self.model.encode_images(pixels)[0].cpu()}
-        results: Any = self.generate(document, "pair", **{"generator": "joint"} | options)
+        results: Any = self.generate(document, "joint", **{"generator": "joint"} | options)
         return tuple(results) if options.get("n", 1) == 1 else MediaList(tuple(pair) for pair in results)
 
     @with_keywords

@@ -42,7 +42,7 @@ class EngineInfo(TypedDict, total=False):
     """Type and size of a plain language model."""
     pipeline: str
     """Class of a pipeline of diffusers."""
-    parts: dict[str, str]
+    components: dict[str, str]
     """Networks of a pipeline and their sizes."""
     scheduler: str
     """Class of a pipeline's scheduler."""
@@ -76,16 +76,18 @@ class EngineInfo(TypedDict, total=False):
     """Names of the classes of a class-conditional model."""
     sees: bool
     """Whether it reads images."""
-    edits: str
+    edit_pipeline: str
     """Class of the pipeline that edits images, or "no"."""
-    inpaints: str
+    inpaint_pipeline: str
     """Class of the pipeline that inpaints images, or "no"."""
-    draws: str | EngineInfo
-    """Of a pipeline "words", "classes" or "no: ..."; of a composed model the info of the engine that draws."""
-    reads: EngineInfo
-    """Info of the engine of a composed model that reads."""
-    adapter: str
-    """Size of the adapter between the two models of a composed model."""
+    prompt_type: str
+    """What a pipeline generates images from: "words", "classes" or "no: ..."."""
+    text_model: EngineInfo
+    """Info of the engine of a composed model that answers with text."""
+    image_model: EngineInfo
+    """Info of the engine of a composed model that generates images."""
+    connector: str
+    """Size of the connector between the two models of a composed model."""
     precision: str
     """Precision of the weights, such as "float32"."""
     weights_mb: float
@@ -144,7 +146,7 @@ class InferenceEngine(Protocol):
     def generate(
         self,
         prompt: Prompt,
-        output: Literal["interleaved", "pair"],
+        output: Literal["interleaved", "joint"],
         *,
         n: Literal[1] = 1,
         seed: int = 0,
@@ -165,7 +167,7 @@ class InferenceEngine(Protocol):
             **options: options of the generation.
 
         Returns:
-            A PIL image, a string, or a list of both for "interleaved" and "pair"; a list of n answers where n > 1.
+            A PIL image, a string, or a list of both for "interleaved" and "joint"; a list of n answers where n > 1.
 
         Raises:
             ValueError: in one line, for bad input.
@@ -336,7 +338,7 @@ class InferenceEngine(Protocol):
         """
         ...
 
-    def pair(
+    def generate_joint(
         self, text: str | None = None, image: ImageSource | None = None, **options: OptionValue
     ) -> tuple[str, Image] | list[tuple[str, Image]]:
         """Generate a text and an image that belong together, both at once.

@@ -139,6 +139,8 @@ def build_request(
     Raises:
         ValueError: in one line, where the model cannot answer such a request.
     """
+    if isinstance(output, str) and output == "pair":
+        raise ValueError("the output 'pair' is called 'joint' now")
     if not isinstance(output, str) or output not in OUTPUTS:
         raise ValueError(f"unknown output {shorten(output)}: one of {', '.join(OUTPUTS)}")
     reject_unknown("a request", keywords, REQUEST_OPTIONS)
@@ -209,7 +211,7 @@ def choose_generator(model: UnifiedModel, output: Output, given: Given) -> str:
         ValueError: the model has no such generator, or it cannot generate this output.
     """
     generator = given.get("generator", default_generator(model))
-    if output == "pair" and generator not in model.template.text_lengths:
+    if output == "joint" and generator not in model.template.text_lengths:
         capable_generators = " or ".join(model.template.text_lengths) or "none here does: train with generators.joint=1"
         raise ValueError(f"a text and a picture at once need a generator that writes both ({capable_generators})")
     if output not in model.template.outputs:
@@ -342,7 +344,7 @@ def prepare_document(model: UnifiedModel, prompt: Prompt, output: Output, genera
         document.segments = dialogue if output == "image" else [Segment(text=system_text, role="system"), *dialogue]
     if any(is_codes(image) and image.ndim != 2 for image in document.images()):
         raise ValueError("codes of a picture in a prompt have two dimensions, rows and columns")
-    if output != "pair":  # the model may generate both parts of a pair
+    if output != "joint":  # the model may generate both parts
         document.check_not_empty()
     return document
 

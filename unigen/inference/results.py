@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from unigen.document import Document
 
 Answer: TypeAlias = "Image | str | list[Image | str]"
-"""An image, a text, or for "interleaved" and "pair" a list of both."""
+"""An image, a text, or for "interleaved" and "joint" a list of both."""
 FinishReason = Literal["stop", "length"]
 """Why an answer ended: at a stop id, or at a limit of its length."""
 

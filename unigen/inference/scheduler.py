@@ -351,7 +351,7 @@ class Scheduler:
         except NonFiniteError:
             self.failed[sequence.request_id] = self._non_finite_error("pixels")
             return
-        if sequence.request.output == "pair":
+        if sequence.request.output == "joint":
             yield sequence, segments.joint_text(self.model, sequence)
         sequence.document.segments.append(Segment(image=image if codes_hw is None else codes_hw, role="assistant"))
         sequence.request.written.append(state.native_codes)

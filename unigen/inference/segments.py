@@ -39,7 +39,7 @@ def new_sequence(model: UnifiedModel, request: Request) -> SequenceState:
     _check_length(model, request.document)
     request.document = model.encode_document(request.document)
     sequence = SequenceState(request, request.document)
-    uncond = request.output == "pair" and not _prefix_text_ids(model, sequence)
+    uncond = request.output == "joint" and not _prefix_text_ids(model, sequence)
     tokens = model.template.prompt(sequence.document, output=request.output, branch=uncond)
     prompt = model.prompt_ids(tokens)
     sequence.image_prompt_tokens = sum(stop - start for start, stop in tokens.spans)

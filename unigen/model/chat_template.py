@@ -93,7 +93,7 @@ class ChatTemplate:
         self.image_lengths, self.text_lengths = dict(image_lengths), dict(text_lengths or {})
         self.classes = tuple(classes)
         self.settings: dict[str, object] = {}
-        outputs: tuple[Output, ...] = tuple(name for name in OUTPUTS if name != "pair" or self.text_lengths)
+        outputs: tuple[Output, ...] = tuple(name for name in OUTPUTS if name != "joint" or self.text_lengths)
         self.outputs = ("image",) if classes else outputs
         begin_tokens = BEGIN_TOKENS | dict(begin_tokens or {})
         required_tokens = [*REQUIRED_TOKENS, *begin_tokens.values(), *map(class_token, range(len(self.classes)))]

@@ -18,11 +18,11 @@ from unigen.document import Document, Segment
 from unigen.media.pixels import center_crop_resize
 from unigen.options import DEFAULT_GENERATOR
 
-Output = Literal["image", "text", "interleaved", "pair"]
-OUTPUTS: tuple[Output, ...] = ("image", "text", "interleaved", "pair")
+Output = Literal["image", "text", "interleaved", "joint"]
+OUTPUTS: tuple[Output, ...] = ("image", "text", "interleaved", "joint")
 """The outputs that can be asked for."""
-IMAGE_OUTPUTS: tuple[Output, ...] = ("image", "pair")
-"""Outputs that are one picture; in "pair" it comes with a text."""
+IMAGE_OUTPUTS: tuple[Output, ...] = ("image", "joint")
+"""Outputs that are one picture; in "joint" it comes with a text."""
 
 
 class UnsupportedError(ValueError):

@@ -8,11 +8,10 @@ Shapes: B rows, L positions, D width, N images, h x w codes.
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from PIL import Image
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from unigen.batch import Batch, InputSpan, Tokens, Vocabulary
 from unigen.document import Document, Segment
 from unigen.generators.base import Generator
+from unigen.hub.weights import rename_old_keys
 from unigen.media.pixels import to_images, to_pixels
 from unigen.model.generators import GeneratorDict
 from unigen.model.inputs import ModelInputs, PromptIds, attention_span, build_inputs, place_image_ids, prompt_ids
@@ -46,6 +46,9 @@ if TYPE_CHECKING:
 
 class UnifiedModel(nn.Module):
     """A backbone over one vocabulary of text and image codes, with tokenizers, readers and generators."""
+
+    OLD_KEYS: ClassVar[Mapping[str, str]] = {"sight": "vision_encoder"}
+    """Names of parts in version 0.1, and their names now."""
 
     def __init__(
         self,
@@ -116,7 +119,7 @@ class UnifiedModel(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> _IncompatibleKeys:
         """As of any module. Keys of version 0.1 are accepted."""
         self.generators.build_all()
-        return super().load_state_dict(rename_state(state_dict), *args, **kwargs)
+        return super().load_state_dict(rename_old_keys(self, state_dict), *args, **kwargs)
 
     def train(self, mode: bool = True) -> UnifiedModel:
         """Set the mode of all but the image tokenizer, which stays in evaluation mode."""
@@ -388,8 +391,3 @@ class UnifiedModel(nn.Module):
             self.backbone, self.text_tokenizer, self.image_tokenizer, self.vision_encoder, self.heads, manifest
         )
         save_parts(folder, parts, dtype)
-
-
-def rename_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights under their names of today. Those of version 0.1 are renamed."""
-    return {re.sub(r"^sight\.", "vision_encoder.", key): value for key, value in state.items()}

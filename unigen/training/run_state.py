@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from unigen.config import RunConfig, load_json, rename_stored_keys, save_json, to_dict
+from unigen.hub.weights import rename_old_keys
 from unigen.training.checkpoint import (
     EMA,
     TEMP_PREFIX,
@@ -106,7 +107,8 @@ class RunState:
             is_main: whether this is the main process of the run, which alone takes the sums.
         """
         if self.ema and state["ema"]:
-            self.ema.load_state_dict(state["ema"])
+            average = rename_old_keys(self.model, state["ema"]["average"])
+            self.ema.load_state_dict(state["ema"] | {"average": average})
         self.step, self.samples_seen, self.elapsed = state["step"], state["rows"], state["elapsed"]
         self.last_log = self.step, self.elapsed
         if unlogged := state.get("unlogged"):
@@ -230,7 +232,7 @@ class RunFolder:
         change_text = f" ({'; '.join(changes)})" if changes else ""
         advice = "choose another run_dir, or give what the run had"
         try:
-            self.state.model.load_state_dict(checkpoint["model"])
+            self.state.model.load_state_dict(rename_old_keys(self.state.model, checkpoint["model"]))
         except (KeyError, RuntimeError) as error:
             raise ValueError(
                 f"{self.path} holds a run of another model{change_text}: {advice} ({_shorten(error)})"

@@ -1,4 +1,4 @@
-"""The command `pair`: `unigen pair "two apples" -o out.png`."""
+"""The command `joint`: `unigen joint "two apples" -o out.png`."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from unigen.commands.arguments import (
 )
 from unigen.utils.argparser import non_empty
 
-HELP = "a picture and its text, written at once"
+HELP = "generate a picture and its caption together"
 STDOUT = {"output": ".png"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `unigen pair`."""
-    parser.add_argument("text", nargs="?", type=parse_text, help="what the picture shows; left out, it is written too")
-    parser.add_argument("--image", type=non_empty, metavar="FILE", help="a picture to which the text is written")
+    """Add the arguments of `unigen joint`."""
+    parser.add_argument("text", nargs="?", type=parse_text, help="the caption; left out, it is generated too")
+    parser.add_argument("--image", type=non_empty, metavar="FILE", help="a picture; its caption is generated")
     parser.add_argument("-o", "--output", type=non_empty, help="the picture, - is a PNG on stdout (default: out.png)")
     sampling_arguments(parser, "joint", generator="joint")
     model_arguments(parser)
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     path = check_output(args.output or "out.png", IMAGE_FORMATS)
     engine = load(args)
     start = time.perf_counter()
-    caption, picture = engine.pair(args.text, image, **generation_options(args))
+    caption, picture = engine.generate_joint(args.text, image, **generation_options(args))
     print(caption)  # on stderr where the picture goes to stdout
     if image is not None:
         return 0
