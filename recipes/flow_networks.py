@@ -438,9 +438,9 @@ def compare_networks(overrides: Sequence[str], out: str | None) -> list[dict[str
         flow = flow.cpu().eval()
         figures = {"seconds": run_result["seconds"] / run_result["step"]}
         figures["gflops"] = count_gflops(
-            flow.head, flow.tokenizer.latent_channels, flow.tokenizer.grid[0], condition.width
+            flow.denoiser, flow.tokenizer.latent_channels, flow.tokenizer.grid[0], condition.width
         )
-        figures["parameters"] = sum(p.numel() for p in flow.head.parameters()) / 1e6
+        figures["parameters"] = sum(p.numel() for p in flow.denoiser.parameters()) / 1e6
         figures["loss"] = held_out_loss(flow, datasets_by_condition[condition_kind][1])
         task = ScenesTask(cfg.prompts_per_tag, cfg.seed)
         examples = task.examples()

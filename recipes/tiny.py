@@ -294,7 +294,7 @@ def build(cfg: TinyRunConfig) -> TrainSpec:
     if cfg.token_corruption and "next-scale" not in shares:
         raise ValueError("token_corruption is for next-scale to correct: add generators.next-scale=1, or leave it out")
     if "next-scale" in model.heads:
-        model.heads["next-scale"].mistakes = cfg.token_corruption
+        model.heads["next-scale"].token_corruption = cfg.token_corruption
     if cfg.freeze_backbone and (generators_without_weights := shares.keys() - model.heads.keys() - {"next-token"}):
         raise ValueError(
             f"freeze_backbone=true lets heads alone learn, and {', '.join(sorted(generators_without_weights))} has "

@@ -9,11 +9,15 @@ import pkgutil
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import unigen
 from unigen.backends.connector import Connector, ConnectorConfig
 from unigen.hub.weights import load_strict, rename_old_keys
 from unigen.inference.engine import Engine
+from unigen.models.var import VARTransformer
+from unigen.nn.denoisers import DiT
+from unigen.nn.llamagen import TextBackbone
 
 
 def old_state(module: nn.Module) -> dict[str, Tensor]:
@@ -32,7 +36,13 @@ def renamed_modules(engine: Engine) -> list[nn.Module]:
     """Modules that have, together, all classes with old names."""
     sizes = {"input_dim": 4, "output_dim": 4, "max_length": 2, "width": 8, "heads": 2, "layers": 1}
     connector = Connector(ConnectorConfig(**sizes, pooled_dim=4, variable_length=True))  # type: ignore[arg-type]
-    return [engine.model, connector]
+    llama = LlamaForCausalLM(
+        LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=4)
+    )
+    t5 = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 5, "eos_token_id": 1}
+    var = [VARTransformer(3, 64, 1, 5, shared) for shared in (False, True)]
+    cross = DiT("dit-cross", 4, 2, 8, 1, 2, 8, 1)
+    return [engine.model, TextBackbone(llama, t5, 2, 2), *var, cross, connector]
 
 
 def test_old_weights_are_read(renamed_modules: list[nn.Module]) -> None:

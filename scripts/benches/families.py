@@ -183,12 +183,12 @@ def var_d16(dtype: str) -> UnifiedModel:
     codes = sum(side * side for side in tokenizer.settings.scales)
     lm = var.VARTransformer(CLASSES, 1024, 16, codes, shared=False)
     for name, weight in lm.named_parameters():
-        if weight.ndim == 1 and name in ("start", "first"):
+        if weight.ndim == 1 and name in ("pos_start", "first_scale_embedding"):
             torch.nn.init.normal_(weight, std=0.5)
     head = NextScale(tokenizer, 1024)
     torch.nn.init.normal_(head.head.weight, std=0.1)  # so that some codes are likelier than others
-    lm.first.data = head.scale_embedding.weight[0] + head.position_embedding.weight[0]
-    for part in (lm, head.project, head.scale_embedding, head.position_embedding):
+    lm.first_scale_embedding.data = head.scale_embedding.weight[0] + head.position_embedding.weight[0]
+    for part in (lm, head.proj_in, head.scale_embedding, head.position_embedding):
         part.to(getattr(torch, dtype))
     template = ClassTemplate(CLASSES - 1, head.num_positions())
     writers: dict[str, Any] = {"next-scale": head}

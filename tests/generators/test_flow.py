@@ -173,7 +173,7 @@ def test_every_network_learns_and_draws(tiny_folder: Path, network: Any) -> None
 
 
 def test_transfusion_of_larger_patches(tiny_folder: Path) -> None:
-    head = Transfusion(load(tiny_folder).heads["transfusion"].tokenizer, 32, TransfusionConfig(patch=2))
+    head = Transfusion(load(tiny_folder).heads["transfusion"].tokenizer, 32, TransfusionConfig(patch_size=2))
     x, t = torch.randn(3, 4, 2, 2), torch.rand(3)
     assert head.num_positions() == 1 and head.embed_patches(x, t).shape == (3, 1, 32)
     assert head.velocity(head.embed_patches(x, t)).shape == x.shape
@@ -181,8 +181,8 @@ def test_transfusion_of_larger_patches(tiny_folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("settings", "values"),
-    [(FlowConfig, {"patch": 0}), (FlowConfig, {"shift": 0.0}), (TransfusionConfig, {"patch": 0})]
-    + [(TokenFlowConfig, {"repeats": -1}), (TokenFlowConfig, {"width": 0})],
+    [(FlowConfig, {"patch_size": 0}), (FlowConfig, {"shift": 0.0}), (TransfusionConfig, {"patch_size": 0})]
+    + [(TokenFlowConfig, {"noise_samples_per_token": -1}), (TokenFlowConfig, {"width": 0})],
 )
 def test_settings_that_cannot_work_are_refused(settings: Any, values: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="at least 1"):

@@ -37,7 +37,7 @@ def engine(tiny_folder: Path) -> Engine:
     model = assembly.build_model(*parts, heads=[head]).eval()
     with pytest.raises(ValueError, match="is for pictures of 32 pixels, the model's 16"):
         assembly.add_generators(known, (), [head])
-    for module in (model.backbone, model.heads["next-scale"].project, model.heads["next-scale"].head):
+    for module in (model.backbone, model.heads["next-scale"].proj_in, model.heads["next-scale"].head):
         for p in module.parameters():
             if p.ndim > 1:
                 torch.nn.init.normal_(p, 0.0, 0.3)
@@ -79,10 +79,10 @@ def test_mistakes_are_read_and_mended(engine: Engine) -> None:
     batch = pack([[model.template.encode(chat(), generator="next-scale")] for _ in range(20)], 64, 32)
     [plain], (rows_M1, at_MP, plain_MP) = head.prepare(model, batch, torch.Generator().manual_seed(0))
     try:
-        head.mistakes = 0.9
+        head.token_corruption = 0.9
         [read], (_, _, codes_MP) = head.prepare(model, batch, torch.Generator().manual_seed(0))
     finally:
-        head.mistakes = 0.0
+        head.token_corruption = 0.0
     assert torch.equal(codes_MP[:, :1], plain_MP[:, :1]) and (codes_MP != plain_MP).any(1).float().mean() > 0.5
     changed_M = (read.embeds - plain.embeds).abs().amax((1, 2)) > 1e-4
     assert changed_M.float().mean() > 0.5

@@ -32,7 +32,7 @@ def test_the_loss_is_that_of_its_order(tiny_folder: Path) -> None:
         order = torch.rand(1, 4, generator=torch.Generator().manual_seed(seed)).argsort(-1)[0].tolist()
         ids = [model.vocabulary.text_size + int(codes_hw.flatten()[place]) for place in order]
         begin = model.embed(batch.ids_BL[0, : tokens.spans[0][0]])
-        read, expected = [head.next.weight[order[0]]], 0.0
+        read, expected = [head.next_position_embedding.weight[order[0]]], 0.0
         for i in range(4):
             whole = torch.cat((begin, torch.stack(read)))[None]
             ones = torch.ones(whole.shape[:2], dtype=torch.int64)
@@ -40,8 +40,8 @@ def test_the_loss_is_that_of_its_order(tiny_folder: Path) -> None:
             scores = model.logits(states[0, -1], model.vocabulary.text_size, model.vocabulary.size)
             expected -= float(scores.float().log_softmax(-1)[ids[i] - model.vocabulary.text_size])
             if i < 3:
-                known = model.embed(torch.tensor(ids[i])) + head.place.weight[order[i]]
-                read.append(known + head.next.weight[order[i + 1]])
+                known = model.embed(torch.tensor(ids[i])) + head.position_embedding.weight[order[i]]
+                read.append(known + head.next_position_embedding.weight[order[i + 1]])
         assert len(nats_T) == 4 and abs(float(nats_T.sum()) - expected) < 1e-3
         totals.add(round(expected, 4))
     assert len(totals) > 1

@@ -14,8 +14,9 @@ positions.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,9 @@ arXiv 2406.11838)."""
 class FlowConfig:
     """Settings of the head."""
 
+    RENAMED: ClassVar[Mapping[str, str]] = {"patch": "patch_size"}
+    """Keys of version 0.1, and their names now."""
+
     network: DenoiserKind = "mm-dit"
     """The network that predicts the velocity (`unigen.nn.denoisers`)."""
     layers: int = 4
@@ -49,7 +53,7 @@ class FlowConfig:
     """Heads of attention."""
     head_dim: int = 48
     """Width of a head."""
-    patch: int = 1
+    patch_size: int = 1
     """Side of a patch in latents; a U-Net takes no patch."""
     context_length: int = 64
     """Number N of hidden states of the backbone that the network reads."""
@@ -57,8 +61,10 @@ class FlowConfig:
     """Shift of the times towards noise, in training and sampling alike (SD3, eq. 23); 1 is none."""
 
     def __post_init__(self) -> None:
-        if min(self.layers, self.heads, self.head_dim, self.patch, self.context_length) < 1 or not self.shift > 0:
-            raise ValueError("flow: layers, heads, head_dim, patch, context_length are at least 1, shift is above 0")
+        if min(self.layers, self.heads, self.head_dim, self.patch_size, self.context_length) < 1 or not self.shift > 0:
+            raise ValueError(
+                "flow: layers, heads, head_dim, patch_size, context_length are at least 1, shift is above 0"
+            )
 
 
 @dataclass
@@ -81,12 +87,14 @@ class Flow(LatentFlowHead):
     name = "flow"
     needs_context = True
     uses_positions = False
+    OLD_KEYS: ClassVar[Mapping[str, str]] = {"head": "denoiser"}
+    """Names of layers in version 0.1, and their names now."""
 
     def __init__(self, tokenizer: KLTokenizer, width: int, config: FlowConfig | None = None) -> None:
         super().__init__(tokenizer)
         self.settings = c = config or FlowConfig()
         self.path = LinearPath(c.shift)
-        self.head = build_denoiser(
+        self.denoiser = build_denoiser(
             c.network,
             channels=tokenizer.latent_channels,
             sample_size=tokenizer.grid[0],
@@ -94,7 +102,7 @@ class Flow(LatentFlowHead):
             layers=c.layers,
             heads=c.heads,
             head_dim=c.head_dim,
-            patch_size=c.patch,
+            patch_size=c.patch_size,
         )
         self.norm = nn.LayerNorm(width)
 
@@ -113,7 +121,7 @@ class Flow(LatentFlowHead):
     @property
     def io_layers(self) -> tuple[nn.Module, ...]:  # type: ignore[override]
         """See `GeneratorHead.io_layers`."""
-        return self.head.io_layers
+        return self.denoiser.io_layers
 
     def config(self) -> dict[str, object]:
         """See `GeneratorHead.config`."""
@@ -142,7 +150,7 @@ class Flow(LatentFlowHead):
         if context.mask_MN is not None:
             normed_MND = normed_MND * context.mask_MN[:, :, None]
         condition = PromptEmbeds(normed_MND, context.mask_MN)
-        return self.head(x_MZhw.to(normed_MND.dtype), t_M, condition).to(x_MZhw.dtype)
+        return self.denoiser(x_MZhw.to(normed_MND.dtype), t_M, condition).to(x_MZhw.dtype)
 
     # ---------------------------------------------------------------- training
 

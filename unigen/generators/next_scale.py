@@ -5,8 +5,8 @@
 Tian et al. 2024 (arXiv 2404.02905), section 3.2, inside a language model: the begin token predicts the one code of the
 first scale. The positions of scale k read the image of scales 1..k-1, resized to scale k, and predict its codes (no
 shift); each sees its whole scale and everything before it. Guidance grows with the scales, from none to its full
-strength. With `mistakes` above 0 a fraction of the codes that training reads is wrong, and later scales learn to
-correct it, as they must where a scale was sampled badly (Infinity, Han et al. 2024, arXiv 2412.04431, section 3.4).
+strength. With `token_corruption` above 0 a fraction of the codes that training reads is wrong, and later scales learn
+to correct it, as they must where a scale was sampled badly (Infinity, Han et al. 2024, arXiv 2412.04431, section 3.4).
 The multi-scale tokenizer is part of the generator, as are the projections into and out of the backbone.
 Does not depend on: templates, caches, how a tokenizer is trained.
 
@@ -16,9 +16,9 @@ dimension, D width, V codes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,8 @@ class NextScale(GeneratorHead):
     tokenizer_kind: str | None = "multiscale"
     needs_context = False
     options: tuple[GroupType, ...] = (GuidanceOptions, CodeSampling)
+    OLD_KEYS: ClassVar[Mapping[str, str]] = {"project": "proj_in"}
+    """Names of layers in version 0.1, and their names now."""
 
     def __init__(self, tokenizer: VQTokenizer | VARVQ, width: int) -> None:
         """A generator for one tokenizer and one backbone.
@@ -80,13 +82,13 @@ class NextScale(GeneratorHead):
             ValueError: the tokenizer has no such quantizer.
         """
         super().__init__(tokenizer)
-        self.mistakes = 0.0
+        self.token_corruption = 0.0
         quantizer: Any = getattr(tokenizer, "quantizer", None)
         scales = getattr(quantizer, "scales", None)
         if scales is None or scales[0] != 1:
             raise ValueError(f"next-scale needs a multi-scale tokenizer whose first scale is 1, not one of {scales}")
         self.lengths: list[int] = quantizer.lengths
-        self.project = nn.Linear(quantizer.dim, width)
+        self.proj_in = nn.Linear(quantizer.dim, width)
         self.scale_embedding = nn.Embedding(len(self.lengths), width)
         self.position_embedding = nn.Embedding(sum(self.lengths), width)
         self.head = nn.Linear(width, quantizer.size)
@@ -111,7 +113,7 @@ class NextScale(GeneratorHead):
     @property
     def io_layers(self) -> tuple[nn.Module, ...]:  # type: ignore[override]
         """See `GeneratorHead.io_layers`."""
-        return self.project, self.head
+        return self.proj_in, self.head
 
     @property
     def code_shape(self) -> tuple[int, int]:
@@ -139,7 +141,7 @@ class NextScale(GeneratorHead):
         """
         positions = slice(first, first + maps_MPC.shape[1])
         return (
-            self.project(maps_MPC.to(self.project.weight.dtype))
+            self.proj_in(maps_MPC.to(self.proj_in.weight.dtype))
             + self.scale_embedding(self.scale_ids[positions])
             + self.position_embedding.weight[positions]
         )
@@ -153,9 +155,9 @@ class NextScale(GeneratorHead):
             return [], (rows_M1, positions_MP, positions_MP)
         quantizer = self.tokenizer.quantizer
         with torch.no_grad(), torch.autocast(batch.ids_BL.device.type, enabled=False):
-            if self.mistakes and batch.images is not None and batch.images.is_floating_point():
+            if self.token_corruption and batch.images is not None and batch.images.is_floating_point():
                 f_MChw = self.tokenizer.features(self.target_pixels(batch, batch.ids_BL.device))
-                codes_MP, input_codes_MP = quantizer.encode_with_corruption(f_MChw, self.mistakes, rng)
+                codes_MP, input_codes_MP = quantizer.encode_with_corruption(f_MChw, self.token_corruption, rng)
             else:
                 codes_MP = input_codes_MP = self.encode_targets(batch, batch.ids_BL.device)
             maps_MPC = quantizer.scale_inputs(input_codes_MP)

@@ -12,7 +12,9 @@ Shapes: M images, P codes of an image, B rows, L positions, D width.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -63,13 +65,15 @@ class RandomOrder(GeneratorHead):
     tokenizer_kind = None
     trains_on_codes, needs_context = True, False
     options: tuple[GroupType, ...] = (GuidanceOptions, CodeSampling, Inpainting)
+    OLD_KEYS: ClassVar[Mapping[str, str]] = {"place": "position_embedding", "next": "next_position_embedding"}
+    """Names of layers in version 0.1, and their names now."""
 
     def __init__(self, grid: tuple[int, int], width: int) -> None:
         super().__init__()
         self.grid = grid
-        self.place = nn.Embedding(self.num_positions(), width)
-        self.next = nn.Embedding(self.num_positions(), width)
-        for embedding in (self.place, self.next):
+        self.position_embedding = nn.Embedding(self.num_positions(), width)
+        self.next_position_embedding = nn.Embedding(self.num_positions(), width)
+        for embedding in (self.position_embedding, self.next_position_embedding):
             nn.init.normal_(embedding.weight, std=0.02)
 
     @classmethod
@@ -97,8 +101,8 @@ class RandomOrder(GeneratorHead):
             ids_MP: the first P - 1 ids, in their order.
             order_MP: all P positions, in their order.
         """
-        input_MPD = self.next(order_MP)
-        previous_MPD = model.embed(ids_MP) + self.place(order_MP[:, :-1])
+        input_MPD = self.next_position_embedding(order_MP)
+        previous_MPD = model.embed(ids_MP) + self.position_embedding(order_MP[:, :-1])
         return torch.cat((input_MPD[:, :1], input_MPD[:, 1:] + previous_MPD), 1)
 
     # ---------------------------------------------------------------- training
@@ -159,7 +163,7 @@ class RandomOrder(GeneratorHead):
                     fixed_logprobs = [0.0] * (count - len(state.logprobs))  # given codes come first
                     state.logprobs = torch.tensor([*fixed_logprobs, *state.logprobs])[raster_P].tolist()
             else:
-                device = self.place.weight.device
+                device = self.position_embedding.weight.device
                 ids_1P = torch.tensor([state.written], dtype=torch.int64, device=device)
                 state.input_LD = self.embed_ordered(model, ids_1P, state.order_P[None, : count + 1].to(device))[
                     0, num_cached:

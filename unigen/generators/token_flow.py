@@ -12,9 +12,10 @@ Shapes: M images, P tokens of Z latent channels, T tokens, R noisings of each, D
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -39,16 +40,19 @@ Targets = tuple[Tensor, Tensor]
 class TokenFlowConfig:
     """Settings of the MLP."""
 
+    RENAMED: ClassVar[Mapping[str, str]] = {"repeats": "noise_samples_per_token"}
+    """Keys of version 0.1, and their names now."""
+
     width: int = 256
     """Width of its hidden layers."""
     blocks: int = 3
     """Residual blocks."""
-    repeats: int = 4
+    noise_samples_per_token: int = 4
     """Noised copies of each token in training."""
 
     def __post_init__(self) -> None:
-        if min(self.width, self.repeats) < 1 or self.blocks < 0:
-            raise ValueError("token_flow: width and repeats are at least 1, blocks at least 0")
+        if min(self.width, self.noise_samples_per_token) < 1 or self.blocks < 0:
+            raise ValueError("token_flow: width and noise_samples_per_token are at least 1, blocks at least 0")
 
 
 @dataclass
@@ -106,19 +110,27 @@ class TokenFlow(LatentFlowHead):
 
     name = "token-flow"
     needs_context = False
+    OLD_KEYS: ClassVar[Mapping[str, str]] = {
+        "read": "token_proj",
+        "condition": "condition_proj",
+        "time": "time_embed",
+        "enter": "proj_in",
+        "leave": "proj_out",
+    }
+    """Names of layers in version 0.1, and their names now."""
 
     def __init__(self, tokenizer: KLTokenizer, width: int, config: TokenFlowConfig | None = None) -> None:
         super().__init__(tokenizer)
         self.settings = c = config or TokenFlowConfig()
         channels = tokenizer.latent_channels
         self.grid: tuple[int, int] = tokenizer.grid
-        self.read = nn.Linear(channels, width)
-        self.condition = nn.Linear(width, c.width)
-        self.time = TimestepEmbedder(c.width)
-        self.enter = nn.Linear(channels, c.width)
+        self.token_proj = nn.Linear(channels, width)
+        self.condition_proj = nn.Linear(width, c.width)
+        self.time_embed = TimestepEmbedder(c.width)
+        self.proj_in = nn.Linear(channels, c.width)
         self.blocks = nn.ModuleList(AdaLNBlock(c.width) for _ in range(c.blocks))
         self.norm = nn.LayerNorm(c.width)
-        self.leave = nn.Linear(c.width, channels)
+        self.proj_out = nn.Linear(c.width, channels)
 
     @classmethod
     def from_context(cls, context: BuildContext) -> TokenFlow:
@@ -135,7 +147,7 @@ class TokenFlow(LatentFlowHead):
     @property
     def io_layers(self) -> tuple[nn.Module, ...]:  # type: ignore[override]
         """See `GeneratorHead.io_layers`."""
-        return self.read, self.time, self.enter, self.leave
+        return self.token_proj, self.time_embed, self.proj_in, self.proj_out
 
     def config(self) -> dict[str, object]:
         """See `GeneratorHead.config`."""
@@ -160,12 +172,12 @@ class TokenFlow(LatentFlowHead):
         Returns:
             The velocity (T, Z) in fp32.
         """
-        dtype = self.enter.weight.dtype
-        condition = self.condition(states_TD.to(dtype)) + self.time(t_T)
-        h = self.enter(x_TZ.to(dtype))
+        dtype = self.proj_in.weight.dtype
+        condition = self.condition_proj(states_TD.to(dtype)) + self.time_embed(t_T)
+        h = self.proj_in(x_TZ.to(dtype))
         for block in self.blocks:
             h = block(h, condition)
-        return self.leave(self.norm(h)).float()
+        return self.proj_out(self.norm(h)).float()
 
     # ---------------------------------------------------------------- training
 
@@ -176,8 +188,8 @@ class TokenFlow(LatentFlowHead):
             empty = torch.zeros(0, device=batch.ids_BL.device)
             return [], (empty, empty)
         tokens_MPZ = self.encode_targets(batch, batch.ids_BL.device).flatten(2).transpose(1, 2)
-        input_MPD = self.read(tokens_MPZ.to(self.read.weight.dtype))
-        x_TRZ = tokens_MPZ.flatten(0, 1)[:, None].expand(-1, self.settings.repeats, -1)
+        input_MPD = self.token_proj(tokens_MPZ.to(self.token_proj.weight.dtype))
+        x_TRZ = tokens_MPZ.flatten(0, 1)[:, None].expand(-1, self.settings.noise_samples_per_token, -1)
         noise_TRZ = torch.randn(x_TRZ.shape, generator=rng).to(x_TRZ)
         t_TR = self.path.sample_times(x_TRZ.shape[:2], rng).to(x_TRZ)
         rows_M1, positions_MP = batch.span_positions(batch.images_of(self.name))
@@ -191,10 +203,10 @@ class TokenFlow(LatentFlowHead):
         rows_M1, positions_MP = batch.span_positions(batch.images_of(self.name))
         states_TD = hidden_BLD[rows_M1, positions_MP - 1].flatten(0, 1)
         x_t_TRZ = self.path.add_noise(x_TRZ, noise_TRZ, t_TR)
-        states_TRD = states_TD[:, None].expand(-1, self.settings.repeats, -1)
+        states_TRD = states_TD[:, None].expand(-1, self.settings.noise_samples_per_token, -1)
         velocity = self.velocity(x_t_TRZ.flatten(0, 1), t_TR.flatten(), states_TRD.flatten(0, 1))
         error = velocity - self.path.target(x_TRZ, noise_TRZ, t_TR).flatten(0, 1)
-        return error.square().mean(-1).unflatten(0, (-1, self.settings.repeats)).mean(1)
+        return error.square().mean(-1).unflatten(0, (-1, self.settings.noise_samples_per_token)).mean(1)
 
     def num_targets(self, batch: Batch) -> int:
         """See `Generator.num_targets`."""
@@ -217,7 +229,7 @@ class TokenFlow(LatentFlowHead):
         for state, token_Z in zip(states, tokens, strict=True):
             assert isinstance(state, TokenFlowState)
             state.written.append(token_Z)
-            state.input_1D = self.read(token_Z[None].to(self.read.weight.dtype))
+            state.input_1D = self.token_proj(token_Z[None].to(self.token_proj.weight.dtype))
             state.done = len(state.written) == self.num_positions()
             if state.done:
                 state.latents_Zhw = torch.stack(state.written, 1).unflatten(1, self.grid)

@@ -13,8 +13,9 @@ Shapes: M images, P patches of F values, Z latent channels, h w grid of latents,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,14 +35,17 @@ if TYPE_CHECKING:
 class TransfusionConfig:
     """Settings of the flow."""
 
-    patch: int = 1
+    RENAMED: ClassVar[Mapping[str, str]] = {"patch": "patch_size"}
+    """Keys of version 0.1, and their names now."""
+
+    patch_size: int = 1
     """Side of a patch in latents."""
     shift: float = 1.0
     """Shift of the times towards noise, in training and sampling (SD3, eq. 23); 1 is none."""
 
     def __post_init__(self) -> None:
-        if self.patch < 1 or not self.shift > 0:
-            raise ValueError("transfusion: patch is at least 1, shift is above 0")
+        if self.patch_size < 1 or not self.shift > 0:
+            raise ValueError("transfusion: patch_size is at least 1, shift is above 0")
 
 
 @dataclass
@@ -63,21 +67,28 @@ class Transfusion(LatentFlowHead):
 
     name = "transfusion"
     needs_context = False
+    OLD_KEYS: ClassVar[Mapping[str, str]] = {
+        "read": "proj_in",
+        "time": "time_embed",
+        "place": "position_embedding",
+        "say": "velocity_head",
+    }
+    """Names of layers in version 0.1, and their names now."""
 
     def __init__(self, tokenizer: KLTokenizer, width: int, config: TransfusionConfig | None = None) -> None:
         super().__init__(tokenizer)
         self.settings = c = config or TransfusionConfig()
         self.path = LinearPath(c.shift)
         height, columns = tokenizer.grid
-        if height % c.patch or columns % c.patch:
-            raise ValueError(f"patch must divide the grid of latents {height} x {columns}, got {c.patch}")
-        self.patch_grid = height // c.patch, columns // c.patch
-        values = tokenizer.latent_channels * c.patch**2
-        self.read = nn.Linear(values, width)
-        self.time = TimestepEmbedder(width)
-        self.place = nn.Embedding(self.patch_grid[0] * self.patch_grid[1], width)
-        self.say = nn.Linear(width, values)
-        nn.init.normal_(self.place.weight, std=0.02)
+        if height % c.patch_size or columns % c.patch_size:
+            raise ValueError(f"patch_size must divide the grid of latents {height} x {columns}, got {c.patch_size}")
+        self.patch_grid = height // c.patch_size, columns // c.patch_size
+        values = tokenizer.latent_channels * c.patch_size**2
+        self.proj_in = nn.Linear(values, width)
+        self.time_embed = TimestepEmbedder(width)
+        self.position_embedding = nn.Embedding(self.patch_grid[0] * self.patch_grid[1], width)
+        self.velocity_head = nn.Linear(width, values)
+        nn.init.normal_(self.position_embedding.weight, std=0.02)
 
     @classmethod
     def from_context(cls, context: BuildContext) -> Transfusion:
@@ -94,7 +105,7 @@ class Transfusion(LatentFlowHead):
     @property
     def io_layers(self) -> tuple[nn.Module, ...]:  # type: ignore[override]
         """See `GeneratorHead.io_layers`."""
-        return self.read, self.time, self.say
+        return self.proj_in, self.time_embed, self.velocity_head
 
     def config(self) -> dict[str, object]:
         """See `GeneratorHead.config`."""
@@ -115,8 +126,8 @@ class Transfusion(LatentFlowHead):
             x_MZhw: noised latents.
             t_M: times in [0, 1].
         """
-        patches_MPF = to_patches(x_MZhw, self.settings.patch).to(self.read.weight.dtype)
-        return self.read(patches_MPF) + self.place.weight + self.time(t_M)[:, None]
+        patches_MPF = to_patches(x_MZhw, self.settings.patch_size).to(self.proj_in.weight.dtype)
+        return self.proj_in(patches_MPF) + self.position_embedding.weight + self.time_embed(t_M)[:, None]
 
     def velocity(self, states_MPD: Tensor) -> Tensor:
         """The predicted velocity, noise - data (M, Z, h, w), in fp32.
@@ -124,7 +135,7 @@ class Transfusion(LatentFlowHead):
         Args:
             states_MPD: last hidden states at the patches.
         """
-        return from_patches(self.say(states_MPD).float(), self.tokenizer.grid, self.settings.patch)
+        return from_patches(self.velocity_head(states_MPD).float(), self.tokenizer.grid, self.settings.patch_size)
 
     # ---------------------------------------------------------------- training
 

@@ -121,9 +121,9 @@ class TextTemplate(ImageOnlyTemplate):
 
 _KEY_RENAMES = (
     ("cls_embedding.embedding_table.", "classes."),
-    ("cls_embedding.uncond_embedding", "wordless.weight"),
-    ("cls_embedding.cap_proj.fc1.", "project.0."),
-    ("cls_embedding.cap_proj.fc2.", "project.2."),
+    ("cls_embedding.uncond_embedding", "uncond_embedding.weight"),
+    ("cls_embedding.cap_proj.fc1.", "text_proj.0."),
+    ("cls_embedding.cap_proj.fc2.", "text_proj.2."),
     ("tok_embeddings.", "lm.model.embed_tokens."),
     ("output.", "lm.lm_head."),
     ("norm.", "lm.model.norm."),
@@ -285,7 +285,7 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
         else:
             read_json(checkpoint.text_folder / "tokenizer.json")  # without it the tokenizer would be empty
             tokenizer = text.load(checkpoint.text_folder, newlines=False)
-            max_prompt_length = len(state["wordless.weight"])
+            max_prompt_length = len(state["uncond_embedding.weight"])
             backbone = TextBackbone(lm, checkpoint.config.t5, max_prompt_length, side)
             template = TextTemplate(
                 tokenizer, backbone.eos_id, backbone.text_vocab_size, max_prompt_length, side * side
@@ -310,7 +310,9 @@ def _read_saved(folder: Path) -> _Checkpoint:
     if "hidden_size" not in read_json(folder / CONFIG):  # defaults of the class give a model of billions of parameters
         raise ValueError(f"{folder / CONFIG} has no hidden_size: it is damaged")
     state = {f"lm.{name}": tensor for name, tensor in read_weights(folder).items()}
-    state |= read_tensors(folder / "backbone" / "model.safetensors")
+    old_keys = tuple(TextBackbone.OLD_KEYS.items())
+    backbone_state = read_tensors(folder / "backbone" / "model.safetensors")
+    state |= {rename_key(name, old_keys): tensor for name, tensor in backbone_state.items()}
     kind = "c2i" if "classes.weight" in state else "t2i"
     return _Checkpoint(kind, config, state, image_tokenizer, folder)
 

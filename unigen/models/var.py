@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,9 @@ class VARBlock(nn.Module):
     x += gate_2 mlp((1 + scale_2) norm(x) + shift_2)
     """
 
+    OLD_KEYS: ClassVar[Mapping[str, str]] = {"own": "ada_gss", "condition": "ada_lin"}
+    """Names of layers in version 0.1, and their names now."""
+
     def __init__(self, width: int, shared: bool) -> None:
         """
         Args:
@@ -71,8 +75,8 @@ class VARBlock(nn.Module):
         self.temperature = nn.Parameter(torch.full((self.heads,), math.log(4)))
         self.out = nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.own = nn.Parameter(torch.zeros(6, width)) if shared else None
-        self.condition = None if shared else nn.Linear(width, 6 * width)
+        self.ada_gss = nn.Parameter(torch.zeros(6, width)) if shared else None
+        self.ada_lin = None if shared else nn.Linear(width, 6 * width)
 
     def forward(
         self, x_BLD: Tensor, condition_BD: Tensor, mask: Tensor | None, cache: SlotCache, number: int
@@ -89,10 +93,10 @@ class VARBlock(nn.Module):
         Returns:
             The residual stream (B, L, D).
         """
-        if self.condition is not None:
-            modulation = self.condition(condition_BD).unflatten(-1, (6, self.width))
+        if self.ada_lin is not None:
+            modulation = self.ada_lin(condition_BD).unflatten(-1, (6, self.width))
         else:
-            modulation = condition_BD.unflatten(-1, (6, self.width)) + self.own
+            modulation = condition_BD.unflatten(-1, (6, self.width)) + self.ada_gss
         gate1, gate2, scale1, scale2, shift1, shift2 = modulation[:, None].unbind(2)
         modulated_BLD = (layer_norm_no_affine(x_BLD) * (1 + scale1) + shift1).to(condition_BD.dtype)
         x_BLD = x_BLD + gate1 * self.attention(modulated_BLD, mask, cache, number)
@@ -119,6 +123,14 @@ def layer_norm_no_affine(x_BLD: Tensor) -> Tensor:
 class VARTransformer(nn.Module):
     """VAR's blocks, with the part of a transformers model that `Backbone` needs."""
 
+    OLD_KEYS: ClassVar[Mapping[str, str]] = {
+        "start": "pos_start",
+        "first": "first_scale_embedding",
+        "last": "head_norm",
+        "shared": "shared_ada_lin",
+    }
+    """Names of layers in version 0.1, and their names now."""
+
     def __init__(self, classes: int, width: int, layers: int, positions: int, shared: bool) -> None:
         """
         Args:
@@ -136,12 +148,12 @@ class VARTransformer(nn.Module):
         self.config = PretrainedConfig.from_dict({**sizes, "vocab_size": classes})
         setattr(self.config, "model_type", "var")  # noqa: B010  # an attribute of configuration classes; this has none
         self.classes = nn.Embedding(classes, width)
-        self.start = nn.Parameter(torch.zeros(width))
-        self.first = nn.Parameter(torch.zeros(width))
+        self.pos_start = nn.Parameter(torch.zeros(width))
+        self.first_scale_embedding = nn.Parameter(torch.zeros(width))
         """Embedding of the first scale plus that of its position; the generator has both, too."""
-        self.shared = nn.Linear(width, 6 * width) if shared else None
+        self.shared_ada_lin = nn.Linear(width, 6 * width) if shared else None
         self.blocks = nn.ModuleList(VARBlock(width, shared) for _ in range(layers))
-        self.last = nn.Linear(width, 2 * width)
+        self.head_norm = nn.Linear(width, 2 * width)
 
     def set_attn_implementation(self, name: str) -> None:
         """Do nothing: VAR's attention is its own."""
@@ -183,22 +195,22 @@ class VARBackbone(Backbone):
                 cache.slot_state[row] = vector_D
         classes_BD = torch.stack([cache.slot_state[row] for row in rows])
         x_BLD = embeds_BLD.float().clone()
-        x_BLD[is_start_B, 0] = x_BLD[is_start_B, 0] + lm.start + lm.first
+        x_BLD[is_start_B, 0] = x_BLD[is_start_B, 0] + lm.pos_start + lm.first_scale_embedding
         additive_mask = None if bool(mask.all()) else x_BLD.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)
         condition_BD = silu(classes_BD)
-        block_condition_BD = condition_BD if lm.shared is None else lm.shared(condition_BD)
+        block_condition_BD = condition_BD if lm.shared_ada_lin is None else lm.shared(condition_BD)
         for number, block in enumerate(lm.blocks):
             x_BLD = block(x_BLD, block_condition_BD, additive_mask, cache, number)
-        scale, shift = lm.last(condition_BD).unflatten(-1, (2, -1))[:, None].unbind(2)
+        scale, shift = lm.head_norm(condition_BD).unflatten(-1, (2, -1))[:, None].unbind(2)
         return layer_norm_no_affine(x_BLD) * (1 + scale) + shift
 
 
 _KEY_RENAMES = (
     ("class_emb.", "lm.classes."),
-    ("shared_ada_lin.1.", "lm.shared."),
-    ("head_nm.ada_lin.1.", "lm.last."),
+    ("shared_ada_lin.1.", "lm.shared_ada_lin."),
+    ("head_nm.ada_lin.1.", "lm.head_norm."),
     ("blocks.", "lm.blocks."),
-    ("word_embed.", "head.project."),
+    ("word_embed.", "head.proj_in."),
     ("lvl_embed.", "head.scale_embedding."),
     ("head.", "head.head."),
 )
@@ -211,8 +223,8 @@ _BLOCK_KEYS = (
     (".attn.proj.", ".out."),
     (".ffn.fc1.", ".up."),
     (".ffn.fc2.", ".down."),
-    (".ada_lin.1.", ".condition."),
-    (".ada_gss", ".own"),
+    (".ada_lin.1.", ".ada_lin."),
+    (".ada_gss", ".ada_gss"),
 )
 """Parts of the names of a block's tensors in a public file, and here."""
 _DERIVED_KEYS = ("lvl_1L", "attn_bias_for_masking")
@@ -226,15 +238,15 @@ def from_public(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if name in _DERIVED_KEYS or name.endswith(".zero_k_bias"):
             continue
         if name == "pos_start":
-            renamed_state["lm.start"] = tensor[0, 0]
+            renamed_state["lm.pos_start"] = tensor[0, 0]
         elif name == "pos_1LC":
             renamed_state["head.position_embedding.weight"] = tensor[0]
         else:
             name = rename_key(name, _KEY_RENAMES, _BLOCK_KEYS if name.startswith("blocks.") else ())
             flat_tensor = tensor.flatten() if name.endswith(".temperature") else tensor
-            renamed_state[name] = flat_tensor[0, 0] if name.endswith(".own") else flat_tensor
+            renamed_state[name] = flat_tensor[0, 0] if name.endswith(".ada_gss") else flat_tensor
     if "head.scale_embedding.weight" in renamed_state and "head.position_embedding.weight" in renamed_state:
-        renamed_state["lm.first"] = (
+        renamed_state["lm.first_scale_embedding"] = (
             renamed_state["head.scale_embedding.weight"][0] + renamed_state["head.position_embedding.weight"][0]
         )
     return renamed_state
@@ -245,14 +257,14 @@ def to_public(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     others."""
     public_state: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        if name == "lm.start":
+        if name == "lm.pos_start":
             public_state["pos_start"] = tensor[None, None]
         elif name == "head.position_embedding.weight":
             public_state["pos_1LC"] = tensor[None]
-        elif name != "lm.first":
+        elif name != "lm.first_scale_embedding":
             if name.endswith(".temperature"):
                 tensor = tensor[None, :, None, None]
-            if name.endswith(".own"):
+            if name.endswith(".ada_gss"):
                 tensor = tensor[None, None]
             substitutions = _BLOCK_KEYS if name.startswith("lm.blocks.") else ()
             public_state[rename_key(name, _KEY_RENAMES, substitutions, inverse=True)] = tensor
@@ -299,7 +311,7 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
                 f"checkpoint {path} has no {error.args[0]}: it is no VAR of unit queries and keys"
             ) from error
         num_layers = len({name.split(".")[2] for name in state if name.startswith("lm.blocks.")})
-        is_shared = "lm.shared.weight" in state
+        is_shared = "lm.shared_ada_lin.weight" in state
         settings = {
             "classes": num_classes,
             "width": width,
@@ -316,7 +328,7 @@ def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) ->
     weight_dtype = dtype or state["lm.classes.weight"].dtype
     load_strict(parts, tokenizer_state | state, folder)
     lm.to(weight_dtype)
-    for layer in (head.project, head.scale_embedding, head.position_embedding):  # the head itself stays in float32
+    for layer in (head.proj_in, head.scale_embedding, head.position_embedding):  # the head itself stays in float32
         layer.to(weight_dtype)
     template = ClassTemplate(settings["classes"] - 1, head.num_positions())
     generators: dict[str, Generator] = {"next-scale": head}

@@ -19,7 +19,8 @@ Shapes: M images, Z latent channels, h w grid of latents, P patches, N context s
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -231,6 +232,9 @@ class DiTBlock(nn.Module):
     """x + attention, + cross-attention, + mlp, each of the normed x; modulated and gated where kind is dit-adaln.
     Attention and mlp are diffusers'."""
 
+    OLD_KEYS: ClassVar[Mapping[str, str]] = {"cross": "cross_attention"}
+    """Names of layers in version 0.1, and their names now."""
+
     def __init__(self, kind: DenoiserKind, width: int, heads: int) -> None:
         super().__init__()
         from diffusers.models.attention import FeedForward
@@ -243,7 +247,7 @@ class DiTBlock(nn.Module):
         )
         head_dim = width // heads
         self.attention = Attention(width, heads=heads, dim_head=head_dim, bias=True)
-        self.cross = (
+        self.cross_attention = (
             Attention(width, cross_attention_dim=width, heads=heads, dim_head=head_dim, bias=True)
             if has_cross_attention
             else None
@@ -273,9 +277,9 @@ class DiTBlock(nn.Module):
             x_MPE = x_MPE + gate * self.attention(self.norms[0](x_MPE) * (1 + scale) + shift)
             shift, scale, gate = parts[3:]
             return x_MPE + gate * self.mlp(self.norms[1](x_MPE) * (1 + scale) + shift)
-        if self.cross is not None:
+        if self.cross_attention is not None:
             x_MPE = x_MPE + self.attention(self.norms[0](x_MPE))
-            x_MPE = x_MPE + self.cross(self.norms[2](x_MPE), context_MNE, attention_mask=mask_M1N)
+            x_MPE = x_MPE + self.cross_attention(self.norms[2](x_MPE), context_MNE, attention_mask=mask_M1N)
         else:
             x_MPE = x_MPE + self.attention(self.norms[0](x_MPE), attention_mask=mask_M1N)
         return x_MPE + self.mlp(self.norms[1](x_MPE))
@@ -283,6 +287,14 @@ class DiTBlock(nn.Module):
 
 class DiT(DenoiserNetwork):
     """A transformer over patches of latents, with one of three kinds of conditioning."""
+
+    OLD_KEYS: ClassVar[Mapping[str, str]] = {
+        "enter": "proj_in",
+        "time": "time_embed",
+        "context": "context_proj",
+        "leave": "proj_out",
+    }
+    """Names of layers in version 0.1, and their names now."""
 
     def __init__(
         self,
@@ -299,27 +311,27 @@ class DiT(DenoiserNetwork):
         from diffusers.models.embeddings import get_2d_sincos_pos_embed
 
         self.kind, self.patch_size, width = kind, patch_size, heads * head_dim
-        self.enter = nn.Linear(channels * patch_size**2, width)
-        self.time = TimestepEmbedder(width)
-        self.context = nn.Linear(context_dim, width)
+        self.proj_in = nn.Linear(channels * patch_size**2, width)
+        self.time_embed = TimestepEmbedder(width)
+        self.context_proj = nn.Linear(context_dim, width)
         self.blocks = nn.ModuleList(DiTBlock(kind, width, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=kind != "dit-adaln")
         self.modulation = nn.Linear(width, 2 * width) if kind == "dit-adaln" else None
-        self.leave = nn.Linear(width, channels * patch_size**2)
+        self.proj_out = nn.Linear(width, channels * patch_size**2)
         pos_embed = get_2d_sincos_pos_embed(width, sample_size // patch_size, output_type="pt")
         self.register_buffer("pos_embed_PE", pos_embed.float(), persistent=False)
         self.pos_embed_PE: Tensor
-        zeros = [self.leave] if self.modulation is None else [self.leave, self.modulation]
+        zeros = [self.proj_out] if self.modulation is None else [self.proj_out, self.modulation]
         for layer in zeros:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
-        self.io_layers = (self.enter, self.time, self.context, self.leave)
+        self.io_layers = (self.proj_in, self.time_embed, self.context_proj, self.proj_out)
 
     def predict(self, x_MZhw: Tensor, t_M: Tensor, condition: PromptEmbeds) -> Tensor:
         """See `DenoiserNetwork.predict`."""
-        h_MPE = self.enter(to_patches(x_MZhw, self.patch_size))
-        h_MPE, time_ME = h_MPE + self.pos_embed_PE.to(h_MPE.dtype), self.time(t_M)
-        context_MNE = torch.cat((time_ME[:, None], self.context(condition.embeds_MND)), 1)
+        h_MPE = self.proj_in(to_patches(x_MZhw, self.patch_size))
+        h_MPE, time_ME = h_MPE + self.pos_embed_PE.to(h_MPE.dtype), self.time_embed(t_M)
+        context_MNE = torch.cat((time_ME[:, None], self.context_proj(condition.embeds_MND)), 1)
         summary_ME, count = time_ME + context_MNE[:, -1], h_MPE.shape[1]
         mask_MN = condition.mask_MN
         if mask_MN is not None:
@@ -336,4 +348,4 @@ class DiT(DenoiserNetwork):
             shift, scale = self.modulation(nn.functional.silu(summary_ME))[:, None].chunk(2, -1)
             h_MPE = h_MPE * (1 + scale) + shift
         height, columns = x_MZhw.shape[-2:]
-        return from_patches(self.leave(h_MPE), (height, columns), self.patch_size)
+        return from_patches(self.proj_out(h_MPE), (height, columns), self.patch_size)

@@ -7,7 +7,7 @@ Shapes: B rows, L positions, D width, E head width, F width of the text encoder.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -111,6 +111,9 @@ class TextBackbone(LlamaGenBackbone):
     encoded up to its end.
     """
 
+    OLD_KEYS: ClassVar[Mapping[str, str]] = {"wordless": "uncond_embedding", "project": "text_proj"}
+    """Names of layers in version 0.1, and their names now."""
+
     def __init__(self, lm: PreTrainedModel, settings: Mapping[str, Any], max_prompt_length: int, side: int) -> None:
         """
         Args:
@@ -131,8 +134,8 @@ class TextBackbone(LlamaGenBackbone):
         self.eos_id, self.num_codes = config.eos_token_id, side * side
         super().__init__(lm, self.text_vocab_size + max_prompt_length, side)
         self.encoder = T5EncoderModel(config).encoder.requires_grad_(False)
-        self.wordless = nn.Embedding(max_prompt_length, config.d_model).requires_grad_(False)
-        self.project = nn.Sequential(
+        self.uncond_embedding = nn.Embedding(max_prompt_length, config.d_model).requires_grad_(False)
+        self.text_proj = nn.Sequential(
             nn.Linear(config.d_model, self.width, bias=False),
             nn.GELU("tanh"),
             nn.Linear(self.width, self.width, bias=False),
@@ -140,11 +143,11 @@ class TextBackbone(LlamaGenBackbone):
 
     def embed_condition(self, ids_BL: Tensor) -> Tensor:
         """Projected features (B, L, D) of prompts and unconditional vectors; of codes any value."""
-        features_BLF = self.wordless((ids_BL - self.text_vocab_size).clamp(0, self.max_prompt_length - 1))
+        features_BLF = self.uncond_embedding((ids_BL - self.text_vocab_size).clamp(0, self.max_prompt_length - 1))
         for row, start, stop in self.prompt_spans(ids_BL):
             encoded_1LF = self.encoder(input_ids=ids_BL[row : row + 1, start:stop]).last_hidden_state
             features_BLF[row, start:stop] = encoded_1LF[0].to(features_BLF.dtype)
-        return self.project(features_BLF)  # type: ignore[no-any-return]
+        return self.text_proj(features_BLF)  # type: ignore[no-any-return]
 
     def prompt_spans(self, ids_BL: Tensor) -> Iterator[tuple[int, int, int]]:
         """Row, start and stop of each run of pieces that has an end. A run without one is padding."""
