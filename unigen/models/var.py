@@ -198,7 +198,7 @@ class VARBackbone(Backbone):
         x_BLD[is_start_B, 0] = x_BLD[is_start_B, 0] + lm.pos_start + lm.first_scale_embedding
         additive_mask = None if bool(mask.all()) else x_BLD.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)
         condition_BD = silu(classes_BD)
-        block_condition_BD = condition_BD if lm.shared_ada_lin is None else lm.shared(condition_BD)
+        block_condition_BD = condition_BD if lm.shared_ada_lin is None else lm.shared_ada_lin(condition_BD)
         for number, block in enumerate(lm.blocks):
             x_BLD = block(x_BLD, block_condition_BD, additive_mask, cache, number)
         scale, shift = lm.head_norm(condition_BD).unflatten(-1, (2, -1))[:, None].unbind(2)
