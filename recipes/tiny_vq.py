@@ -11,7 +11,8 @@ unigen/training/vq_objective.py, the network is unigen/tokenizers/vq.py. docs/tr
   scene detector, but not the one that evaluates: a judge that one trains against is no judge.
 - `model.quantizer=fsq`, `model.image_size=96`: another network. `model.quantizer=multiscale model.code_dim=16` is the
   tokenizer of next-scale prediction, which may begin with encoder and decoder of a vq one (`init_from=FOLDER`). With
-  `model.coarse=0.5` its first scales say more, which a model that draws needs. --evaluate adds its health by scale.
+  `model.scale_dropout=0.5` its first scales say more, which a model that draws needs. --evaluate adds its health by
+  scale.
 - `tokenizer_kind=kl`: continuous latents, for flow.
 - `init_from=FOLDER freeze_codes=true`: the decoder alone; models trained on the codes stay valid. With
   `generated_codes=FILE` (data_tools/generate_codes.py) it learns to decode codes as a model draws them.
@@ -241,7 +242,15 @@ def copy_matching_weights(known: VQTokenizer, tokenizer: VQTokenizer, freeze_cod
     """Give the tokenizer the weights of a known one; False where they do not fit. With frozen codes those are all but
     the decoder's; where the quantizer is another one, all but its own and those of the two layers beside it."""
     old, new = known.settings, tokenizer.settings
-    no_code = ("decoder_channels", "decoder_blocks", "beta", "entropy", "coarse", "revive_every", "dead_below")
+    no_code = (
+        "decoder_channels",
+        "decoder_blocks",
+        "beta",
+        "entropy",
+        "scale_dropout",
+        "revive_every",
+        "dead_threshold",
+    )
     if freeze_codes and old != replace(new, **{name: getattr(old, name) for name in no_code}):
         return False  # as many weights, and yet other codes
     another = old.quantizer != new.quantizer

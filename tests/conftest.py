@@ -76,7 +76,13 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = "a the blue red horse dog apple apples two three on background how many story about witch and raven".split()
     lines = [" " + " ".join(words[i:] + words[:i]) for i in range(len(words))] * 4
     text.train_tokenizer(lines, folder / "text", 312, chat_template.SPECIAL_TOKENS)
-    small: dict[str, Any] = {"image_size": 16, "codes": 32, "channels": 16, "decoder_channels": 16, "wide": 16}
+    small: dict[str, Any] = {
+        "image_size": 16,
+        "codebook_size": 32,
+        "channels": 16,
+        "decoder_channels": 16,
+        "wide_channels": 16,
+    }
     small |= {"encoder_blocks": (1, 1), "decoder_blocks": (1, 1)}
     image_tokenizer = VQTokenizer(VQConfig(**small))
     scales = VQTokenizer(VQConfig(**small, quantizer="multiscale", scales=(1, 2), code_dim=4))

@@ -125,10 +125,10 @@ def test_the_recipe_and_its_score(tmp_path: Path, capsys: pytest.CaptureFixture[
     small = ["image_source=digits", "steps=2", "batch_size=4", "num_workers=0", "time_limit=none", "precision=fp32"]
     small += [
         "model.image_size=16",
-        "model.codes=32",
+        "model.codebook_size=32",
         "model.channels=16",
         "model.decoder_channels=16",
-        "model.wide=16",
+        "model.wide_channels=16",
     ]
     kinds = {
         "vq": [],

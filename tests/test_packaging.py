@@ -85,11 +85,11 @@ def test_the_wheel_runs_outside_of_the_checkout(root: Path, tmp_path: Path) -> N
         inside = {f"{top if top.startswith('unigen') else f'unigen/{top}'}/{p.relative_to(root / top)}" for p in files}
         assert inside and inside <= names
     environment = {**os.environ, "PYTHONPATH": str(place), "OMP_NUM_THREADS": "1"}
-    small = ["model.image_size=16", "model.codes=32", "model.channels=16", "model.decoder_channels=16"]
+    small = ["model.image_size=16", "model.codebook_size=32", "model.channels=16", "model.decoder_channels=16"]
     brief = ["image_source=digits", "steps=1", "time_limit=none", "batch_size=2", "num_workers=0", "precision=fp32"]
     lines = (
         ["-c", f"import unigen; assert unigen.__file__.startswith({str(place)!r}), unigen.__file__"],
-        ["-m", "unigen", "train", "tiny_vq", "model.wide=16", *small, *brief, "run_dir=run"],
+        ["-m", "unigen", "train", "tiny_vq", "model.wide_channels=16", *small, *brief, "run_dir=run"],
         ["-m", "unigen.data_tools.make_scenes", "--help"],
     )
     for line in lines:

@@ -17,7 +17,13 @@ from unigen.models import load
 from unigen.nn.denoisers import build_denoiser
 from unigen.tokenizers import load_image_tokenizer
 
-SMALL = ["model.image_size=16", "model.codes=32", "model.channels=16", "model.decoder_channels=16", "model.wide=16"]
+SMALL = [
+    "model.image_size=16",
+    "model.codebook_size=32",
+    "model.channels=16",
+    "model.decoder_channels=16",
+    "model.wide_channels=16",
+]
 BRIEF = [
     "image_source=digits",
     "steps=1",
@@ -53,7 +59,7 @@ def test_a_tokenizer_begins_with_the_weights_of_another(tmp_path: Path, capsys: 
     assert sorted(own) == ["decoder.stem.weight", "encoder.head.bias", "encoder.head.weight"]
     for name in fit:
         torch.testing.assert_close(new[name], old[name], atol=1e-6, rtol=0)
-    for wrong in (["model.wide=32"], ["model.quantizer=vq", "model.code_dim=8", "model.wide=32"]):
+    for wrong in (["model.wide_channels=32"], ["model.quantizer=vq", "model.code_dim=8", "model.wide_channels=32"]):
         assert main([*train, *more, *wrong, f"run_dir={tmp_path / 'no'}"]) == 2
         assert "is another network than model.*" in capsys.readouterr().err
 

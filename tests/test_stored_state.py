@@ -56,8 +56,14 @@ version 0.1, which moves weights by 4e-9 (one unit in the last place)."""
 @pytest.fixture
 def stored_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The run, in the working directory, beside image tokenizers of its sizes, whose weights the checkpoint has."""
-    small: dict[str, Any] = {"image_size": 16, "codes": 16, "code_dim": 4, "channels": 16, "decoder_channels": 16}
-    small |= {"wide": 16, "attention": False, "encoder_blocks": (0, 0), "decoder_blocks": (0, 0)}
+    small: dict[str, Any] = {
+        "image_size": 16,
+        "codebook_size": 16,
+        "code_dim": 4,
+        "channels": 16,
+        "decoder_channels": 16,
+    }
+    small |= {"wide_channels": 16, "attention": False, "encoder_blocks": (0, 0), "decoder_blocks": (0, 0)}
     torch.manual_seed(5)
     save_tokenizer(VQTokenizer(VQConfig(**small)), tmp_path / "vq")
     save_tokenizer(KLTokenizer(KLConfig(image_size=16, channels=(16, 16), latent_channels=4)), tmp_path / "kl")

@@ -25,13 +25,13 @@ from unigen.tokenizers.vq import VQConfig, VQTokenizer
 def engine(tiny_folder: Path) -> Engine:
     """Three scales of 1, 4 and 16 codes; random weights spread so that what is drawn depends on what was read."""
     torch.manual_seed(0)
-    small: dict[str, Any] = {"channels": 16, "decoder_channels": 16, "wide": 16}
+    small: dict[str, Any] = {"channels": 16, "decoder_channels": 16, "wide_channels": 16}
     small |= {"encoder_blocks": (1, 1), "decoder_blocks": (1, 1)}
     scales = VQTokenizer(
-        VQConfig(image_size=32, codes=32, code_dim=4, quantizer="multiscale", scales=(1, 2, 4), **small)
+        VQConfig(image_size=32, codebook_size=32, code_dim=4, quantizer="multiscale", scales=(1, 2, 4), **small)
     )
     known = load(tiny_folder)
-    reader = VQTokenizer(VQConfig(image_size=32, codes=32, **small)).eval()
+    reader = VQTokenizer(VQConfig(image_size=32, codebook_size=32, **small)).eval()
     head = NextScale(scales.eval(), known.backbone.width)
     parts = known.backbone.lm, known.text_tokenizer, reader, known.vocabulary.text_size
     model = assembly.build_model(*parts, heads=[head]).eval()

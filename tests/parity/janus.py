@@ -47,7 +47,7 @@ GOLDEN = common.GOLDENS / "janus_vq.safetensors"
 
 def image_tokenizer_tensors() -> dict[str, Tensor]:
     """A small VQ-16 with random weights in the public layout."""
-    config = vqgan.VQGANConfig(SIDE, (32, 32, 64), 2, 16, 8, CODES, attention=True, unit=True)
+    config = vqgan.VQGANConfig(SIDE, (32, 32, 64), 2, 16, 8, CODES, attention=True, l2_normalize=True)
     return common.randomize_state(vqgan.to_public(vqgan.VQGAN(config), "llamagen"), seed=1, scale=1.4)
 
 
@@ -485,7 +485,7 @@ def generated_codes(request: Any) -> list[int]:
 
 
 def without_unit(tokenizer: Any) -> dict[str, Any]:
-    return {k: v for k, v in tokenizer.config().items() if k != "kind"} | {"unit": False}
+    return {k: v for k, v in tokenizer.config().items() if k != "kind"} | {"l2_normalize": False}
 
 
 class codes_as_text:  # noqa: N801

@@ -33,7 +33,7 @@ GOLDEN = common.GOLDENS / "llamagen.safetensors"
 
 
 def image_tokenizer_tensors() -> dict[str, Tensor]:
-    config = vqgan.VQGANConfig(SIDE, (32, 32, 64), 2, 16, 8, CODES, attention=True, unit=True)
+    config = vqgan.VQGANConfig(SIDE, (32, 32, 64), 2, 16, 8, CODES, attention=True, l2_normalize=True)
     return common.randomize_state(vqgan.to_public(vqgan.VQGAN(config), "llamagen"), seed=1, scale=1.4)
 
 

@@ -32,7 +32,13 @@ pytestmark = pytest.mark.serve
 pytest.importorskip("vllm")
 
 WORDS = "a the blue red horse dog apple apples two three on background how many story about witch and raven".split()
-SMALL: dict[str, Any] = {"image_size": 64, "codes": 512, "channels": 16, "decoder_channels": 16, "wide": 16}
+SMALL: dict[str, Any] = {
+    "image_size": 64,
+    "codebook_size": 512,
+    "channels": 16,
+    "decoder_channels": 16,
+    "wide_channels": 16,
+}
 SMALL |= {"encoder_blocks": (1, 1), "decoder_blocks": (1, 1)}
 """An image tokenizer of 8x8 codes."""
 LLAMA: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}

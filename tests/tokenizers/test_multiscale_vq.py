@@ -94,15 +94,15 @@ def test_it_learns_and_its_dead_codes_are_revived() -> None:
         torch.manual_seed(1)
         config = VQConfig(
             image_size=16,
-            codes=32,
+            codebook_size=32,
             code_dim=4,
             quantizer="multiscale",
             scales=(1, 2),
             revive_every=revive,
-            dead_below=0.7,
+            dead_threshold=0.7,
             channels=16,
             decoder_channels=16,
-            wide=16,
+            wide_channels=16,
             encoder_blocks=(1, 1),
             decoder_blocks=(1, 1),
         )

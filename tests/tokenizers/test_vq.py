@@ -17,10 +17,10 @@ from unigen.tokenizers.vq import VQConfig, VQTokenizer, from_config
 from unigen.training.vq_objective import VQLossConfig, VQObjective, VQTraining, adaptive_weight, pixel_loss
 
 TINY = {
-    "codes": 64,
+    "codebook_size": 64,
     "channels": 16,
     "decoder_channels": 32,
-    "wide": 32,
+    "wide_channels": 32,
     "encoder_blocks": (1, 1),
     "decoder_blocks": (1, 1),
 }
@@ -246,7 +246,7 @@ def test_broken_folders_are_said_plainly(tmp_path: object) -> None:
         load_image_tokenizer(f"{tmp_path}/nowhere")
     for change, message in [
         ({"kind": "nothing"}, "kind 'nothing'"),
-        ({"wide": 64}, "does not fit"),
+        ({"wide_channels": 64}, "does not fit"),
         ({"depth": 1}, "depth"),
     ]:
         (folder / "config.json").write_text(json.dumps(config | change))
@@ -264,9 +264,9 @@ def test_broken_folders_are_said_plainly(tmp_path: object) -> None:
     [
         {"image_size": 60},
         {"quantizer": "rvq"},
-        {"quantizer": "lfq", "codes": 1000},
+        {"quantizer": "lfq", "codebook_size": 1000},
         {"quantizer": "fsq", "levels": (8, 1)},
-        {"codes": 1},
+        {"codebook_size": 1},
         {"channels": 20},
         {"beta": float("nan")},
         {"revive_every": -1},

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,13 +34,16 @@ class KLConfig:
         ValueError: a value cannot work.
     """
 
+    RENAMED: ClassVar[Mapping[str, str]] = {"fold": "patch_size", "blocks": "layers_per_block"}
+    """Keys of version 0.1, and their names now."""
+
     image_size: int = 64
     """Pixels along a side of the pictures."""
-    fold: int = 4
+    patch_size: int = 4
     """Pixels along a side that are folded into channels."""
     channels: tuple[int, ...] = (64, 128)
     """Channels of each resolution, the highest first; each but the first halves the map."""
-    blocks: int = 1
+    layers_per_block: int = 1
     """Residual blocks of each resolution."""
     latent_channels: int = 8
     """Z, channels of a latent."""
@@ -48,8 +52,9 @@ class KLConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "channels", tuple(self.channels))  # JSON gives lists
-        if min(self.fold, self.blocks, self.latent_channels, len(self.channels)) < 1:
-            raise ValueError("fold, blocks, latent_channels and the number of channels must be at least 1")
+        if min(self.patch_size, self.layers_per_block, self.latent_channels, len(self.channels)) < 1:
+            names = "patch_size, layers_per_block, latent_channels and the number of channels"
+            raise ValueError(f"{names} must be at least 1")
         if self.image_size <= 0 or self.image_size % self.stride:
             raise ValueError(f"image_size must be a positive multiple of {self.stride}, got {self.image_size}")
         if any(width <= 0 or width % 16 for width in self.channels):
@@ -60,7 +65,7 @@ class KLConfig:
     @property
     def stride(self) -> int:
         """Pixels of a latent along each side."""
-        return self.fold * 2 ** (len(self.channels) - 1)
+        return self.patch_size * 2 ** (len(self.channels) - 1)
 
 
 class KLTokenizer(SquareGridMixin, nn.Module):
@@ -75,14 +80,14 @@ class KLTokenizer(SquareGridMixin, nn.Module):
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
         self.settings = c = config or KLConfig()
-        pixels = 3 * c.fold**2
+        pixels = 3 * c.patch_size**2
         self.vae = AutoencoderKL(
             in_channels=pixels,
             out_channels=pixels,
             down_block_types=("DownEncoderBlock2D",) * len(c.channels),
             up_block_types=("UpDecoderBlock2D",) * len(c.channels),
             block_out_channels=c.channels,
-            layers_per_block=c.blocks,
+            layers_per_block=c.layers_per_block,
             latent_channels=c.latent_channels,
             norm_num_groups=16,
         )
@@ -115,11 +120,11 @@ class KLTokenizer(SquareGridMixin, nn.Module):
         Returns:
             The reconstruction, no codes, and the KL term.
         """
-        posterior = self.vae.encode(pixel_unshuffle(x_BCHW, self.settings.fold)).latent_dist
+        posterior = self.vae.encode(pixel_unshuffle(x_BCHW, self.settings.patch_size)).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=rng).to(posterior.mean)
         if self.training:
             self._update_latent_stats(posterior.mean.detach().float())
-        y_BCHW = pixel_shuffle(self.vae.decode(posterior.mean + posterior.std * noise).sample, self.settings.fold)
+        y_BCHW = pixel_shuffle(self.vae.decode(posterior.mean + posterior.std * noise).sample, self.settings.patch_size)
         n = posterior.mean[:, 0].numel()
         return VQOutput(y_BCHW.float(), None, {"kl": (self.settings.beta * posterior.kl().float().sum(), n)})
 
@@ -147,7 +152,7 @@ class KLTokenizer(SquareGridMixin, nn.Module):
                 f"pictures must be (B, 3, H, W) with H and W multiples of {stride}, got {tuple(x_BCHW.shape)}"
             )
         with torch.autocast(x_BCHW.device.type, enabled=False):  # the same latents in training and in use
-            pixels = pixel_unshuffle(x_BCHW, self.settings.fold).to(self.vae.dtype)
+            pixels = pixel_unshuffle(x_BCHW, self.settings.patch_size).to(self.vae.dtype)
             z_BZhw = self.vae.encode(pixels).latent_dist.mode()
         return (z_BZhw.float() - self.shift_Z[:, None, None]) / self.scale_Z[:, None, None]
 
@@ -163,7 +168,7 @@ class KLTokenizer(SquareGridMixin, nn.Module):
         """
         z_BZhw = latents_BZhw * self.scale_Z[:, None, None] + self.shift_Z[:, None, None]
         pixels = self.vae.decode(z_BZhw.to(self.vae.dtype)).sample
-        return pixel_shuffle(pixels, self.settings.fold).float().clamp(-1, 1)
+        return pixel_shuffle(pixels, self.settings.patch_size).float().clamp(-1, 1)
 
 
 def from_config(config: Mapping[str, object]) -> KLTokenizer:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,9 @@ UNUSED_KEYS = ("quantize.ema_vocab_hit_SV",)
 class VARVQConfig:
     """Configuration of the network."""
 
+    RENAMED: ClassVar[Mapping[str, str]] = {"codes": "codebook_size"}
+    """Keys of version 0.1, and their names now."""
+
     scales: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
     """Sides of the token maps, growing; the last is the side of the grid."""
     channels: tuple[int, ...] = (160, 160, 320, 320, 640)
@@ -34,7 +38,7 @@ class VARVQConfig:
     """Residual blocks of each resolution."""
     code_dim: int = 32
     """D, channels of a code."""
-    codes: int = 4096
+    codebook_size: int = 4096
     """Size of the codebook."""
 
     def __post_init__(self) -> None:
@@ -58,7 +62,7 @@ class VARVQ(nn.Module):
         self.net.quant_conv = nn.Conv2d(c.code_dim, c.code_dim, 3, padding=1)
         self.net.post_quant_conv = nn.Conv2d(c.code_dim, c.code_dim, 3, padding=1)
         self.net.quantize = nn.Identity()
-        self.quantizer = MultiscaleQuantizer(c.codes, c.code_dim, c.scales, phis=NUM_PHIS)
+        self.quantizer = MultiscaleQuantizer(c.codebook_size, c.code_dim, c.scales, phis=NUM_PHIS)
         self._image_size = size
 
     @property
@@ -74,7 +78,7 @@ class VARVQ(nn.Module):
     @property
     def codebook_size(self) -> int:
         """Number of codes; codes are in [0, codebook_size)."""
-        return self.settings.codes
+        return self.settings.codebook_size
 
     def config(self) -> dict[str, object]:
         """Return the kind and the configuration of the network."""
@@ -163,7 +167,7 @@ def from_public(state: Mapping[str, Tensor], scales: tuple[int, ...]) -> VARVQ:
             channels=tuple(state[f"encoder.down.{i}.block.0.conv2.weight"].shape[0] for i in range(levels)),
             blocks=len({name.split(".")[4] for name in state if name.startswith("encoder.down.0.block.")}),
             code_dim=state["quantize.embedding.weight"].shape[1],
-            codes=state["quantize.embedding.weight"].shape[0],
+            codebook_size=state["quantize.embedding.weight"].shape[0],
         )
     except (KeyError, IndexError) as error:
         raise ValueError(f"these are not the tensors of VAR's tokenizer: {error} is not among them") from error

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,11 +32,19 @@ class VQConfig:
         ValueError: a value cannot work.
     """
 
+    RENAMED: ClassVar[Mapping[str, str]] = {
+        "codes": "codebook_size",
+        "coarse": "scale_dropout",
+        "wide": "wide_channels",
+        "dead_below": "dead_threshold",
+    }
+    """Keys of version 0.1, and their names now."""
+
     image_size: int = 64
     """Pixels along a side of the pictures."""
     quantizer: str = "vq"
     """One of "vq", "fsq", "lfq", "multiscale"."""
-    codes: int = 1024
+    codebook_size: int = 1024
     """Size of the codebook (vq, lfq: a power of two)."""
     code_dim: int = 8
     """Channels of a code (vq)."""
@@ -44,7 +52,7 @@ class VQConfig:
     """Of fsq: the number of codes is their product."""
     scales: tuple[int, ...] = (1, 2, 4, 8)
     """Of multiscale: sides of the token maps, the last that of the grid."""
-    coarse: float = 0.0
+    scale_dropout: float = 0.0
     """Of multiscale: the share of pictures of which training decodes the first scales only."""
     beta: float = 0.25
     """Weight of the commitment loss."""
@@ -52,13 +60,13 @@ class VQConfig:
     """Weight of the entropy term (vq, lfq)."""
     revive_every: int = 10
     """Training steps between revivals of dead codes (vq); 0 = never."""
-    dead_below: float = 0.05
+    dead_threshold: float = 0.05
     """A code is dead below this share of the uniform usage."""
     channels: int = 64
     """Encoder width at 1/4 resolution."""
     decoder_channels: int = 128
     """Decoder width at 1/4 resolution."""
-    wide: int = 128
+    wide_channels: int = 128
     """Width at 1/8 resolution."""
     encoder_blocks: tuple[int, int] = (2, 2)
     """Residual blocks at 1/4 and 1/8."""
@@ -76,23 +84,25 @@ class VQConfig:
             raise ValueError(f"quantizer must be vq, fsq, lfq or multiscale, got {self.quantizer!r}")
         if self.quantizer == "multiscale" and (not self.scales or self.scales[-1] != self.image_size // STRIDE):
             raise ValueError(f"scales must end at the grid's side {self.image_size // STRIDE}, got {self.scales}")
-        if self.codes < 2 or self.code_dim < 1:
-            raise ValueError(f"codes must be at least 2 and code_dim at least 1, got {self.codes} and {self.code_dim}")
-        if self.quantizer == "lfq" and self.codes & (self.codes - 1):
-            raise ValueError(f"codes must be a power of two for lfq, got {self.codes}")
+        if self.codebook_size < 2 or self.code_dim < 1:
+            sizes = f"{self.codebook_size} and {self.code_dim}"
+            raise ValueError(f"codebook_size must be at least 2 and code_dim at least 1, got {sizes}")
+        if self.quantizer == "lfq" and self.codebook_size & (self.codebook_size - 1):
+            raise ValueError(f"codebook_size must be a power of two for lfq, got {self.codebook_size}")
         if self.quantizer == "fsq" and (not self.levels or min(self.levels) < 2):
             raise ValueError(f"levels must be integers of at least 2, got {self.levels}")
-        for name in ("channels", "decoder_channels", "wide"):
+        for name in ("channels", "decoder_channels", "wide_channels"):
             if getattr(self, name) <= 0 or getattr(self, name) % 16:
                 raise ValueError(f"{name} must be a positive multiple of 16, got {getattr(self, name)}")
         for name in ("encoder_blocks", "decoder_blocks"):
             if len(getattr(self, name)) != 2 or min(getattr(self, name)) < 0:
                 raise ValueError(f"{name} must be two counts (at 1/4 and at 1/8), got {getattr(self, name)}")
-        if not 0 <= self.coarse <= 1:
-            raise ValueError(f"coarse is a share from 0 to 1, got {self.coarse}")
-        if self.coarse and self.quantizer != "multiscale":
-            raise ValueError(f"coarse is for quantizer=multiscale, which has scales, not for {self.quantizer}")
-        for name in ("beta", "entropy", "dead_below", "revive_every"):
+        if not 0 <= self.scale_dropout <= 1:
+            raise ValueError(f"scale_dropout is a share from 0 to 1, got {self.scale_dropout}")
+        if self.scale_dropout and self.quantizer != "multiscale":
+            message = "scale_dropout is for quantizer=multiscale, which has scales"
+            raise ValueError(f"{message}, not for {self.quantizer}")
+        for name in ("beta", "entropy", "dead_threshold", "revive_every"):
             if not math.isfinite(getattr(self, name)) or getattr(self, name) < 0:
                 raise ValueError(f"{name} must be a finite number that is not negative, got {getattr(self, name)}")
 
@@ -101,11 +111,15 @@ class VQConfig:
         if self.quantizer == "fsq":
             return FSQ(self.levels)
         if self.quantizer == "lfq":
-            return LFQ(self.codes.bit_length() - 1, self.beta, self.entropy)
+            return LFQ(self.codebook_size.bit_length() - 1, self.beta, self.entropy)
         if self.quantizer == "multiscale":
-            options = (self.beta, self.revive_every, self.dead_below)
-            return MultiscaleQuantizer(self.codes, self.code_dim, self.scales, *options, scale_dropout=self.coarse)
-        return VectorQuantizer(self.codes, self.code_dim, self.beta, self.entropy, self.revive_every, self.dead_below)
+            options = (self.beta, self.revive_every, self.dead_threshold)
+            return MultiscaleQuantizer(
+                self.codebook_size, self.code_dim, self.scales, *options, scale_dropout=self.scale_dropout
+            )
+        return VectorQuantizer(
+            self.codebook_size, self.code_dim, self.beta, self.entropy, self.revive_every, self.dead_threshold
+        )
 
 
 class VQOutput(NamedTuple):
@@ -130,8 +144,8 @@ class VQTokenizer(nn.Module):
         super().__init__()
         self.settings = c = config or VQConfig()
         self.quantizer = c.build_quantizer()
-        self.encoder = Encoder(c.channels, c.wide, c.encoder_blocks, self.quantizer.dim, c.attention)
-        self.decoder = Decoder(c.decoder_channels, c.wide, c.decoder_blocks, self.quantizer.dim, c.attention)
+        self.encoder = Encoder(c.channels, c.wide_channels, c.encoder_blocks, self.quantizer.dim, c.attention)
+        self.decoder = Decoder(c.decoder_channels, c.wide_channels, c.decoder_blocks, self.quantizer.dim, c.attention)
         self.codes_frozen = False
 
     @property

@@ -17,6 +17,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,9 @@ class VQGANConfig:
         ValueError: `image_size` is not a positive multiple of the stride.
     """
 
+    RENAMED: ClassVar[Mapping[str, str]] = {"codes": "codebook_size", "unit": "l2_normalize"}
+    """Keys of version 0.1, and their names now."""
+
     image_size: int = 512
     """Pixels along a side of the pictures."""
     channels: tuple[int, ...] = (128, 128, 256, 256, 512)
@@ -50,13 +54,13 @@ class VQGANConfig:
     """Channels between the encoder and `quant_conv`."""
     code_dim: int = 256
     """D, channels of a code."""
-    codes: int = 8192
+    codebook_size: int = 8192
     """Size of the codebook."""
     norm_groups: int = 32
     """Groups of each group normalization."""
     attention: bool = False
     """Whether an attention follows each residual block of the lowest resolution."""
-    unit: bool = False
+    l2_normalize: bool = False
     """Whether features and codes are compared, and codes decoded, at unit length."""
 
     def __post_init__(self) -> None:
@@ -90,14 +94,14 @@ class VQGAN(SquareGridMixin, nn.Module):
             layers_per_block=c.blocks,
             latent_channels=c.latent_channels,
             vq_embed_dim=c.code_dim,
-            num_vq_embeddings=c.codes,
+            num_vq_embeddings=c.codebook_size,
             norm_num_groups=c.norm_groups,
         )
 
     @property
     def codebook_size(self) -> int:
         """Number of codes; codes are in [0, codebook_size)."""
-        return self.settings.codes
+        return self.settings.codebook_size
 
     def config(self) -> dict[str, object]:
         """Return the kind and the configuration of the network."""
@@ -121,7 +125,7 @@ class VQGAN(SquareGridMixin, nn.Module):
             z_BDhw = check_finite(latents_BDhw).float()
             z_BND = z_BDhw.flatten(2).transpose(1, 2)
             e_KD = self.net.quantize.embedding.weight.float()
-            if self.settings.unit:
+            if self.settings.l2_normalize:
                 z_BND, e_KD = normalize(z_BND, dim=-1), normalize(e_KD, dim=-1)
             distance_BNK = z_BND.square().sum(-1, keepdim=True) + e_KD.square().sum(-1) - 2 * z_BND @ e_KD.T
             return distance_BNK.argmin(-1).unflatten(1, z_BDhw.shape[2:])
@@ -141,7 +145,7 @@ class VQGAN(SquareGridMixin, nn.Module):
         """
         check_codes(codes_Bhw, self.codebook_size)
         e_BhwD = self.net.quantize.embedding(codes_Bhw)
-        e_BDhw = (normalize(e_BhwD, dim=-1) if self.settings.unit else e_BhwD).permute(0, 3, 1, 2)
+        e_BDhw = (normalize(e_BhwD, dim=-1) if self.settings.l2_normalize else e_BhwD).permute(0, 3, 1, 2)
         return self.net.decode(e_BDhw, force_not_quantize=True).sample.float().clamp(-1, 1)
 
 
@@ -247,9 +251,9 @@ def from_public(state: Mapping[str, Tensor], image_size: int, layout: str = "tam
             blocks=len({name.split(".")[4] for name in state if name.startswith(first_block_key.format(i=0))}),
             latent_channels=state["encoder.conv_out.weight"].shape[0],
             code_dim=state["quantize.embedding.weight"].shape[1],
-            codes=state["quantize.embedding.weight"].shape[0],
+            codebook_size=state["quantize.embedding.weight"].shape[0],
             attention=layout == "llamagen",
-            unit=layout == "llamagen",
+            l2_normalize=layout == "llamagen",
         )
     except (KeyError, IndexError) as error:
         raise ValueError(f"these are not the tensors of a VQGAN: {error} is not among them") from error
@@ -320,7 +324,7 @@ def save_public(tokenizer: VQGAN, folder: Path) -> None:
         "model:",
         "  params:",
         f"    embed_dim: {c.code_dim}",
-        f"    n_embed: {c.codes}",
+        f"    n_embed: {c.codebook_size}",
         "    ddconfig:",
         "      double_z: false",
         f"      z_channels: {c.latent_channels}",
