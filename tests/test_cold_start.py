@@ -12,7 +12,6 @@ import torch
 
 import unigen
 from unigen.diffusion.options import FlowOptions
-from unigen.hub.resolve import MANIFEST, read_json
 from unigen.inference.engine import Engine
 from unigen.models import load
 from unigen.nn.cpu.linear import PackedLinear
@@ -85,4 +84,3 @@ def test_a_damaged_head_is_one_line_when_it_is_asked_for(tiny_folder: Path, tmp_
     with pytest.raises(ValueError) as error:
         engine.generate("a dog", generator="flow")
     assert "flow" in str(error.value) and "\n" not in str(error.value)
-    assert read_json(tmp_path / "model" / MANIFEST)["format"] == 1

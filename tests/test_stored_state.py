@@ -19,10 +19,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import unigen
 from tests.test_fingerprints import processor
+from unigen.models import load as load_model
 from unigen.tokenizers import save_tokenizer
 from unigen.tokenizers.kl import KLConfig, KLTokenizer
 from unigen.tokenizers.vq import VQConfig, VQTokenizer
@@ -155,9 +157,27 @@ def test_a_model_folder_of_format_1_answers_as_it_did(tmp_path: Path) -> None:
     assert differences(folder) == []
 
 
-def test_other_weights_answer_otherwise(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
+def test_a_folder_of_format_1_is_saved_in_format_2(tmp_path: Path) -> None:
+    folder = unpack("model", tmp_path)
+    old = json.loads((folder / "unigen.json").read_text())
+    (folder / "unigen.json").write_text(json.dumps(old | {"sampling": {"flow": {"sampler": "heun"}}}))
+    load_model(folder).save(tmp_path / "new")
+    new = json.loads((tmp_path / "new" / "unigen.json").read_text())
+    assert new["format"] == 2 and new["begin_tokens"] == old["begins"] and "begins" not in new
+    assert new["sampling"]["flow"] == {"solver": "heun"}
+    weights = load_file(tmp_path / "new" / "flow" / "model.safetensors")
+    assert any(name.startswith("denoiser.") for name in weights) and not any(n.startswith("head.") for n in weights)
+    (tmp_path / "new" / "expected").symlink_to(folder / "expected")
+    assert differences(tmp_path / "new") == ["flow-0", "flow-1"]  # which now have another solver
 
+
+def test_a_folder_of_a_later_format_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "unigen.json").write_text('{"format": 3, "family": "tiny"}')
+    with pytest.raises(ValueError, match=r"unigen.json is of format 3, which this version of unigen does not read"):
+        unigen.load(str(tmp_path), device="cpu")
+
+
+def test_other_weights_answer_otherwise(tmp_path: Path) -> None:
     folder = unpack("model", tmp_path)
     path = folder / "model.safetensors"
     save_file({name: -tensor if tensor.ndim > 1 else tensor for name, tensor in load_file(path).items()}, path)

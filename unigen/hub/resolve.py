@@ -11,12 +11,15 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from unigen.options import RENAMED
 from unigen.utils.text import did_you_mean, first_line
 
 ASSETS = Path(__file__).parents[1] / "assets"
 """The models that come with the package, a folder each."""
 MANIFEST = "unigen.json"
 """The file by which a folder is a model of ours."""
+MANIFEST_FORMAT = 2
+"""The format of unigen.json that is written. Version 0.1 wrote format 1, which is read."""
 CONFIG = "config.json"
 """Settings of a model or of a part of it."""
 HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
@@ -301,6 +304,31 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ValueError(f"{path} holds no JSON object")
     return data
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read unigen.json, of this or an earlier format.
+
+    Args:
+        folder: of a model of ours.
+
+    Returns:
+        Its contents by the keys of today.
+
+    Raises:
+        ValueError: in one line, where it is missing, damaged, or of a later format.
+    """
+    manifest = read_json(folder / MANIFEST)
+    version = manifest.get("format", 1)
+    if version not in range(1, MANIFEST_FORMAT + 1):
+        raise ValueError(f"{folder / MANIFEST} is of format {version!r}, which this version of unigen does not read")
+    if "begins" in manifest:
+        manifest["begin_tokens"] = manifest.pop("begins")
+    if isinstance(sampling := manifest.get("sampling"), dict):
+        for generator, options in sampling.items():
+            if isinstance(options, dict):
+                sampling[generator] = {RENAMED.get(name, name): value for name, value in options.items()}
+    return manifest
 
 
 def image_processor_config(folder: Path) -> dict[str, Any]:

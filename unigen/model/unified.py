@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from unigen.batch import Batch, InputSpan, Tokens, Vocabulary
 from unigen.document import Document, Segment
 from unigen.generators.base import Generator
+from unigen.hub.resolve import MANIFEST_FORMAT
 from unigen.hub.weights import rename_old_keys
 from unigen.media.pixels import to_images, to_pixels
 from unigen.model.generators import GeneratorDict
@@ -377,12 +378,12 @@ class UnifiedModel(nn.Module):
         if self.quantization is not None:
             raise ValueError(f"{self.quantization} weights are not saved: load the model without quantization")
         manifest = {
-            "format": 1,
+            "format": MANIFEST_FORMAT,
             "family": self.family,
             "text_size": self.vocabulary.text_size,
             "image_size": self.vocabulary.image_size,
             "generators": sorted(self.generators),
-            "begins": self.begin_tokens(),
+            "begin_tokens": self.begin_tokens(),
             "classes": list(self.template.classes),
             "sampling": self.default_sampling,
             **({"template": self.template.settings} if self.template.settings else {}),

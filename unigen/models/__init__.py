@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from unigen.hub.folders import replacing_folder
-from unigen.hub.resolve import CONFIG, MANIFEST, read_json, resolve, wrap_load_errors
+from unigen.hub.resolve import CONFIG, MANIFEST, read_json, read_manifest, resolve, wrap_load_errors
 from unigen.model.unified import UnifiedModel
 from unigen.models.relatives import explain_unsupported
 from unigen.nn.cpu.linear import pack_linears
@@ -72,7 +72,7 @@ def load_resolved(
     Raises:
         ValueError: in one line, for a folder of no family, damaged weights or a wrong variant.
     """
-    manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else None
+    manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else None
     family = find_family(folder, manifest)
     if variant is not None and (manifest is not None or not hasattr(family, "MULTI_MODEL_REPOS")):
         raise ValueError(f"{folder} holds one model: leave out {variant!r}")
@@ -141,9 +141,8 @@ def resolve_model(
             if check_pipeline is not None:
                 check_pipeline(folder)
             return
-        manifest = folder / MANIFEST
         try:
-            find_family(folder, read_json(manifest) if manifest.is_file() else None)
+            find_family(folder, read_manifest(folder) if (folder / MANIFEST).is_file() else None)
         except UnknownModelError:
             if not allow_language_model:
                 raise

@@ -25,7 +25,7 @@ from unigen.config import save_json
 from unigen.document import Document, Segment
 from unigen.generators.base import Generator
 from unigen.generators.next_token import NextToken, Text
-from unigen.hub.resolve import CONFIG, MANIFEST, image_processor_config, read_json
+from unigen.hub.resolve import CONFIG, MANIFEST, image_processor_config, read_json, read_manifest
 from unigen.hub.weights import load_pretrained, silence_transformers
 from unigen.model.template import Output, PretrainedTemplate, UnsupportedError, images_first, split_system_messages
 from unigen.model.unified import UnifiedModel
@@ -198,7 +198,7 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
         is_llama = read_json(folder / CONFIG).get("model_type") == "llama"  # written by `causal_lm`
         lm = load_pretrained(LlamaForCausalLM if is_llama else Emu3ForCausalLM, folder, dtype)
         image_tokenizer = load_image_tokenizer(folder / "image_tokenizer")
-        image_config = read_json(folder / MANIFEST).get("template", {})
+        image_config = read_manifest(folder).get("template", {})
     else:
         full_model = load_pretrained(Emu3ForConditionalGeneration, folder, dtype)
         with torch.device("meta"):

@@ -30,7 +30,7 @@ from unigen.config import save_json
 from unigen.document import Document, Segment
 from unigen.generators.base import Generator
 from unigen.generators.next_token import NextToken, Text
-from unigen.hub.resolve import CONFIG, MANIFEST, image_processor_config, read_json
+from unigen.hub.resolve import CONFIG, MANIFEST, image_processor_config, read_json, read_manifest
 from unigen.hub.weights import load_strict, read_tensors, read_weights, rename_key, with_architecture, write_tensors
 from unigen.model.readers import VisionEncoder
 from unigen.model.saving import vision_folder
@@ -363,7 +363,7 @@ def load(folder: Path, dtype: torch.dtype | None) -> UnifiedModel:
     tokenizer = text.load_from_model(folder)
     config = read_json(folder / CONFIG)
     if (folder / MANIFEST).is_file():
-        user_role, assistant_role = read_json(folder / MANIFEST).get("template", {}).get("roles", (USER, ASSISTANT))
+        user_role, assistant_role = read_manifest(folder).get("template", {}).get("roles", (USER, ASSISTANT))
         roles = (str(user_role), str(assistant_role))
         image_tokenizer = load_image_tokenizer(folder / "image_tokenizer")
         state = {f"backbone.lm.{name}": tensor for name, tensor in read_weights(folder).items()}

@@ -17,7 +17,7 @@ from torch import nn
 from unigen import generators
 from unigen.generators.build import load_generator, load_generator_lazily
 from unigen.generators.next_token import Text
-from unigen.hub.resolve import CONFIG, MANIFEST, read_json
+from unigen.hub.resolve import CONFIG, read_json, read_manifest
 from unigen.hub.weights import load_strict, read_tensors
 from unigen.model.assembly import build_context, build_model
 from unigen.model.unified import UnifiedModel
@@ -53,7 +53,7 @@ def load(folder: Path, dtype: torch.dtype | None = None, inference: bool = False
         inference: allow a model that is not trained. A Llama then runs without importing transformers, and generators
             with weights are loaded when they are first used.
     """
-    manifest = read_json(folder / MANIFEST)
+    manifest = read_manifest(folder)
     image_tokenizer = load_image_tokenizer(folder / "image_tokenizer")
     state = read_tensors(folder / "model.safetensors")
     config = read_json(folder / CONFIG)
@@ -80,7 +80,7 @@ def load(folder: Path, dtype: torch.dtype | None = None, inference: bool = False
         if inference and not generator_classes[name].uses_positions and (folder / name).is_dir()
     }
     heads = [load_generator(folder / name, context) for name in weighted_names if name not in factories]
-    begin_tokens, classes = manifest.get("begins"), manifest.get("classes", ())
+    begin_tokens, classes = manifest.get("begin_tokens"), manifest.get("classes", ())
     parts = lm.float(), tokenizer, image_tokenizer, int(manifest["text_size"])
     model = build_model(*parts, names, heads, begin_tokens, classes, factories)
     return model.to(dtype or torch.float32)
