@@ -59,7 +59,7 @@ def resample_scales(
     for k in range(int(num_fixed_scales_N.min()), len(parts)):
         branches = [
             scale_hidden_states(model, prompts, torch.cat(parts, 1), uncond)
-            for uncond in (False, True)[: guidance.branches]
+            for uncond in (False, True)[: guidance.num_branches]
         ]
         logits_NnV = head.guided_logits(branches, guidance)[k]
         sampled_Nn = sample_shared_rng(logits_NnV.flatten(0, 1), sampling, rng).view_as(parts[k])
@@ -108,7 +108,7 @@ def main() -> int:
         raise ValueError(
             f"--fixed-scales is of counts from 0 to {scales - 1}, apart by commas, not {args.fixed_scales}"
         )
-    request = engine.request("a picture", "image", generator=GENERATOR)
+    request = engine.build_request("a picture", "image", generator=GENERATOR)
     rng, noise = np.random.default_rng([args.seed, 1]), torch.Generator().manual_seed(args.seed)
     world = SceneRenderer(model.image_tokenizer.image_size)
     chunks: list[dict[str, Any]] = []
@@ -122,7 +122,7 @@ def main() -> int:
             prompts = [short_caption(scene, rng) for scene in scenes]
             num_fixed_scales_N = torch.from_numpy(rng.choice(fixed_counts, len(scenes)))
             generated_NP = resample_scales(
-                model, prompts, true_NP, num_fixed_scales_N, request.guidance, request.image, noise
+                model, prompts, true_NP, num_fixed_scales_N, request.guidance, request.image_sampling, noise
             )
             objects_NHW = np.stack([picture.masks.any(0) for picture in pictures])
             codes = {"true": true_NP.numpy(), "generated": generated_NP.numpy()}

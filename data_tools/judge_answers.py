@@ -69,13 +69,15 @@ def judge_images(
 ) -> list[Any]:
     """A line of the judged file for each prompt; picture k of them all is drawn with `seed` + k."""
     repeated_items = [item for item in items for _ in range(answers)]
-    requests = [engine.request(item.prompt, "image", seed=seed + k, **options) for k, item in enumerate(repeated_items)]
-    images = dict(engine.run(requests))
+    requests = [
+        engine.build_request(item.prompt, "image", seed=seed + k, **options) for k, item in enumerate(repeated_items)
+    ]
+    images = dict(engine.run_requests(requests))
     scores = task.score_batch(repeated_items, [images[k] for k in range(len(repeated_items))])
     correct = [s["strict"] == 1 and s.get("background", 1) == 1 for s in scores]
     request_segments = [request.document.segments for request in requests]
     given_answers = [
-        segments[-1] if request.written[-1] is None else Segment(image=request.written[-1], role="assistant")
+        segments[-1] if request.native_codes[-1] is None else Segment(image=request.native_codes[-1], role="assistant")
         for request, segments in zip(requests, request_segments, strict=True)
     ]
     slices = [slice(k, k + answers) for k in range(0, len(repeated_items), answers)]

@@ -128,7 +128,7 @@ class NetworksRunConfig(RunConfig):
             raise ValueError(
                 "networks are compared as they were trained, from nothing: leave ema_decay and init_from out"
             )
-        Guidance.of(self.guidance)
+        Guidance.from_value(self.guidance)
 
 
 def config() -> NetworksRunConfig:
@@ -378,11 +378,11 @@ def generate_images(
     flow: Flow, condition: ConditionEncoder, prompts: Sequence[str], seeds: Sequence[int], scale: float
 ) -> list[Any]:
     """A picture for each prompt, by the sampler of the flow."""
-    template, size, guidance = template_of(condition.model), flow.tokenizer.image_size, Guidance.of(scale)
+    template, size, guidance = template_of(condition.model), flow.tokenizer.image_size, Guidance.from_value(scale)
     blank = np.zeros((size, size, 3), dtype=np.uint8)
     chats = [Document([Segment(text=p), Segment(image=blank, role="assistant")]) for p in prompts]
     states_by_branch = []
-    for uncond in (False, True)[: guidance.branches]:
+    for uncond in (False, True)[: guidance.num_branches]:
         batch = pack([[template.encode(chat, generator="flow", uncond=uncond)] for chat in chats], SEQ_LEN, size)
         context = flow.context_states(batch, condition(batch))
         assert context.mask_MN is not None
@@ -391,7 +391,7 @@ def generate_images(
         flow.start(SegmentSpec(0, SamplingOptions(), guidance, torch.Generator().manual_seed(seed))) for seed in seeds
     ]
     branches = [list(pair) for pair in zip(*states_by_branch, strict=True)]
-    while not states[0].done:
+    while not states[0].finished:
         flow.step(None, states, branches)  # type: ignore[arg-type]
     return to_images(flow.decode(None, states))  # type: ignore[arg-type]
 

@@ -165,7 +165,7 @@ def test_an_argument_means_something_or_is_refused_in_one_line(engine: Engine, v
         (lambda e, im: e.edit(im, "turn", prompt="a"), "edit has no option 'prompt'"),
         (lambda e, im: e.generate_joint(output="text"), "generate_joint has no option 'output'"),
         (lambda e, im: e.inpaint(im, "a dog", im, box=1), "inpaint has no option 'box'"),
-        (lambda e, im: e.request("a dog", "image", n=2), "a request has no option 'n'"),
+        (lambda e, im: e.build_request("a dog", "image", n=2), "a request has no option 'n'"),
         (
             lambda e, im: e.generate_batch("a cat"),
             "must be a list, with one answer each, not 'a cat': give",

@@ -682,8 +682,8 @@ def test_text_of_our_families_is_drawn_as_their_folder_says(
         (tmp_path / "janus" / "generation_config.json").write_text(json.dumps(said))
     pair = unigen.load(device="cpu", lmm=str(tmp_path / "janus"), image_model=str(dit_folder))
     asked: list[Any] = []
-    request = pair.text_engine.request
-    pair.text_engine.request = lambda *given, **options: asked.append(request(*given, **options)) or asked[-1]
+    request = pair.text_engine.build_request
+    pair.text_engine.build_request = lambda *given, **options: asked.append(request(*given, **options)) or asked[-1]
     pair.generate("what is it", "text", max_tokens=2)
     usual = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
     assert vars(asked[-1].text) == usual | sampling

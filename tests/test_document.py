@@ -208,11 +208,11 @@ def test_conditions_are_refused_by_who_takes_none(engine: Any, monkeypatch: pyte
     document.conditions["depth"] = Condition("depth", Image.new("L", (8, 8)))
     for name in (name for name in engine.model.generators if name != "text"):
         with pytest.raises(ValueError, match=f"{name} takes no condition depth: leave that out, it takes none"):
-            engine.request(document, "image", generator=name)
+            engine.build_request(document, "image", generator=name)
     with pytest.raises(ValueError, match="text takes no condition depth"):
         engine.generate(document, "text")
     monkeypatch.setattr(engine.model.generators["masked"], "conditions", frozenset({"depth"}), raising=False)
-    assert engine.request(document, "image", generator="masked").document.conditions == document.conditions
+    assert engine.build_request(document, "image", generator="masked").document.conditions == document.conditions
     document.conditions["where"] = Condition("boxes", [(0, 0, 1, 1)])
     with pytest.raises(ValueError, match="masked takes no condition boxes: leave that out, it takes depth"):
-        engine.request(document, "image", generator="masked")
+        engine.build_request(document, "image", generator="masked")

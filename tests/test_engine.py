@@ -52,8 +52,8 @@ def test_n_pictures_have_seeds_in_a_row(engine: Engine) -> None:
 
 def run(engine: Engine, prompt: str, **options: Any) -> tuple[list[Any], Document]:
     """The parts of one answer, and the document as the engine left it."""
-    request = engine.request(prompt, "interleaved", **options)
-    parts = [part for _, part in engine.run([request])]
+    request = engine.build_request(prompt, "interleaved", **options)
+    parts = [part for _, part in engine.run_requests([request])]
     return parts, request.document
 
 
@@ -76,11 +76,13 @@ def test_interleaved_output_keeps_the_grammar(engine: Engine) -> None:
 def test_max_images_and_max_tokens_hold(engine: Engine) -> None:
     most = 0
     for seed in range(6):
-        request = engine.request("a story", "interleaved", seed=seed, temperature=1.5, max_tokens=10, max_images=1)
+        request = engine.build_request(
+            "a story", "interleaved", seed=seed, temperature=1.5, max_tokens=10, max_images=1
+        )
         row = engine.new_scheduler().new_sequence(request)
-        parts = [part for _, part in engine.run([request])]
+        parts = [part for _, part in engine.run_requests([request])]
         assert sum(isinstance(p, Image.Image) for p in parts) <= 1
-        assert row.state is not None and row.state.span.max_tokens == 10
+        assert row.state is not None and row.state.spec.max_tokens == 10
         words = "".join(p for p in parts if isinstance(p, str))
         most = max(most, len(words.encode("utf-8", "replace")))
     longest = max(len(piece) for piece in engine.model.text_tokenizer.get_vocab())
@@ -107,11 +109,13 @@ def test_previews_come_before_the_picture_and_change_nothing(engine: Engine) -> 
     def drawn(previews: int, together: bool) -> list[list[Any]]:
         given = {"output": "image", "seed": 5, "previews": previews}
         heated = [given | {"temperature": 2.0} if "temperature" in takes[w] else given for w in writers]
-        requests = [engine.request("a dog", generator=w, **options) for w, options in zip(writers, heated, strict=True)]
+        requests = [
+            engine.build_request("a dog", generator=w, **options) for w, options in zip(writers, heated, strict=True)
+        ]
         if not together:
-            return [[part for _, part in engine.run([request])] for request in requests]
+            return [[part for _, part in engine.run_requests([request])] for request in requests]
         parts: list[list[Any]] = [[] for _ in writers]
-        for row, part in engine.run(requests):
+        for row, part in engine.run_requests(requests):
             parts[row].append(part)
         return parts
 
@@ -161,8 +165,8 @@ def test_text_goes_on_between_the_steps_of_a_flow(engine: Engine, monkeypatch: p
     monkeypatch.setattr(
         engine.model, "cached_hidden_states", lambda embeds, *rest: passes.append(len(embeds)) or step(embeds, *rest)
     )
-    drawn = engine.request("a dog", "image", generator="flow", steps=8, guidance=3.0)
-    told = engine.request("a story", "text", temperature=1.0, max_tokens=60, seed=1)
+    drawn = engine.build_request("a dog", "image", generator="flow", steps=8, guidance=3.0)
+    told = engine.build_request("a story", "text", temperature=1.0, max_tokens=60, seed=1)
     running = engine.new_scheduler()
     picture, text = running.add_request(drawn), running.add_request(told)
     for count in range(1, 9):
@@ -258,8 +262,8 @@ def test_bad_requests_get_one_clear_line(engine: Engine, call: Any, message: str
 def test_cached_decoding_equals_the_full_forward(engine: Engine) -> None:
     """Greedy codes from the cache are the argmax of one packed forward over the finished document."""
     model = engine.model
-    request = engine.request("a blue horse", "image", temperature=0.0, guidance=1.0)
-    list(engine.run([request]))
+    request = engine.build_request("a blue horse", "image", temperature=0.0, guidance=1.0)
+    list(engine.run_requests([request]))
     with torch.inference_mode():
         batch = model.insert_image_ids(pack([[model.template.encode(request.document)]], 64, 16))
         row, start, stop = batch.spans_N3[0].tolist()
@@ -300,23 +304,23 @@ def test_a_model_that_has_learnt_one_batch_gives_it_back(tiny_folder: Path) -> N
     engine = Engine(model.eval())
 
     def drawn(request: Any) -> list[Any]:
-        list(engine.run([request]))
+        list(engine.run_requests([request]))
         return [
             s.image.tolist() if s.image is not None else s.text
             for s in request.document.segments
             if s.role == "assistant"
         ]
 
-    assert drawn(engine.request("a red dog", "image", temperature=0)) == [codes[0].tolist()]
-    assert drawn(engine.request(documents[1].segments[:2], "text")) == ["two apples"]
+    assert drawn(engine.build_request("a red dog", "image", temperature=0)) == [codes[0].tolist()]
+    assert drawn(engine.build_request(documents[1].segments[:2], "text")) == ["two apples"]
     told = ["a witch", codes[2].tolist(), "and raven", codes[0].tolist()]
-    assert drawn(engine.request("story", "interleaved", temperature=0)) == told
+    assert drawn(engine.build_request("story", "interleaved", temperature=0)) == told
 
 
 def test_keys_and_values_are_freed_with_what_was_running(engine: Engine) -> None:
     """At once, not when cycles are next collected: hundreds of megabytes for many pictures at a time."""
     running = engine.new_scheduler()
-    running.add_request(engine.request("a dog", "image"))
+    running.add_request(engine.build_request("a dog", "image"))
     while running:
         running.step()
     cache = weakref.ref(running.cache)
@@ -343,7 +347,7 @@ def test_requests_join_and_leave(engine: Engine) -> None:
         for k, (output, guidance) in enumerate(asked)
     ]
     options = [one | ({} if one["output"] == "image" else {"max_tokens": 12}) for one in outputs]
-    alone = [[part for _, part in engine.run([engine.request(**one)])] for one in options]
+    alone = [[part for _, part in engine.run_requests([engine.build_request(**one)])] for one in options]
     running, rng, waiting = engine.new_scheduler(), np.random.default_rng(0), list(range(len(asked)))
     parts: dict[int, list[Any]] = {k: [] for k in waiting}
     number: dict[int, int] = {}
@@ -351,7 +355,7 @@ def test_requests_join_and_leave(engine: Engine) -> None:
     while waiting or running:
         if waiting and (not running or rng.random() < 0.3):
             k = waiting.pop(0)
-            number[running.add_request(engine.request(**options[k]))] = k
+            number[running.add_request(engine.build_request(**options[k]))] = k
         elif len(dropped) < 3 and len(running) > 2 and rng.random() < 0.1:
             (left,) = rng.choice([n for n in number if n in running], 1)
             running.abort(int(left))
@@ -369,9 +373,9 @@ def test_requests_join_and_leave(engine: Engine) -> None:
 def test_what_does_not_fit_does_not_join(engine: Engine) -> None:
     running = engine.new_scheduler()
     with pytest.raises(ValueError, match="shorten it"):
-        running.add_request(engine.request("a blue horse " * 500, "image"))
+        running.add_request(engine.build_request("a blue horse " * 500, "image"))
     assert not running
-    number = running.add_request(engine.request("a blue horse", "image"))
+    number = running.add_request(engine.build_request("a blue horse", "image"))
     while running:
         parts = running.step()
     assert [n for n, _ in parts] == [number] and same(parts[0][1], engine.generate("a blue horse"))
@@ -392,7 +396,7 @@ def test_all_seeds_draw_and_none_as_another(engine: Engine) -> None:
 def test_candidates_of_seeds_are_not_those_of_others(engine: Engine) -> None:
     first, second = (engine.prepare("a dog", "image", candidates=3, seed=seed).requests for seed in (0, 2**32))
     running = engine.new_scheduler()
-    seeds = [running.new_sequence(request).state.span.rng.initial_seed() for request in (*first, *second)]  # type: ignore[union-attr]
+    seeds = [running.new_sequence(request).state.spec.rng.initial_seed() for request in (*first, *second)]  # type: ignore[union-attr]
     assert len({seed % 2**32 for seed in seeds}) == 6
     assert seeds[:3] == [1, 1_000_004, 2_000_007], "as they were before seeds had 64 bits"
 
@@ -418,8 +422,8 @@ def test_numbers_that_are_not_finite_end_their_row_alone(
     (alone,) = [part for part in engine.stream("the dog", seed=3, **request) if isinstance(part, Image.Image)] or [""]
     words = "".join(part for part in engine.stream("the dog", seed=3, **request) if isinstance(part, str))
     running = engine.new_scheduler()
-    bad = running.add_request(engine.request("a blue horse", seed=3, **request))
-    good = running.add_request(engine.request("the dog", seed=3, **request))
+    bad = running.add_request(engine.build_request("a blue horse", seed=3, **request))
+    good = running.add_request(engine.build_request("the dog", seed=3, **request))
     step = engine.model.cached_hidden_states
 
     def overflow(embeds: Any, *rest: Any) -> Any:

@@ -23,14 +23,14 @@ PROMPTS = ["a dog", "two red apples"]
 def test_what_follows_the_kept_scales_is_what_the_engine_draws(engine: Engine) -> None:
     """At temperature 0, from any scale on; and what is kept stays, whatever it is."""
     options: dict[str, Any] = {"guidance": 2.0, "temperature": 0.0, "generator": "next-scale"}
-    requests = [engine.request(prompt, "image", **options) for prompt in PROMPTS]
-    dict(engine.run(requests))
-    codes_2P = torch.stack([request.written[0] for request in requests if request.written[0] is not None])
+    requests = [engine.build_request(prompt, "image", **options) for prompt in PROMPTS]
+    dict(engine.run_requests(requests))
+    codes_2P = torch.stack([request.native_codes[0] for request in requests if request.native_codes[0] is not None])
     rng, kept_2 = torch.Generator(), torch.tensor([0, 1])
 
     def drawn_on(codes_2P: torch.Tensor, kept_2: torch.Tensor, guidance: float) -> torch.Tensor:
         return generate_codes.resample_scales(
-            engine.model, PROMPTS, codes_2P, kept_2, Guidance.of(guidance), SamplingOptions(0.0), rng
+            engine.model, PROMPTS, codes_2P, kept_2, Guidance.from_value(guidance), SamplingOptions(0.0), rng
         )
 
     spoilt_2P = codes_2P.clone()

@@ -29,12 +29,12 @@ def test_what_is_far_too_long_is_never_read(engine: Any, monkeypatch: pytest.Mon
         [picture] * (model.max_length // codes + 1) + ["what is it?"],
     ):
         with pytest.raises(ValueError, match=f"the model reads {model.max_length:,} positions"):
-            engine.new_scheduler().new_sequence(engine.request(prompt, "text"))
+            engine.new_scheduler().new_sequence(engine.build_request(prompt, "text"))
         assert not read
     with pytest.raises(ValueError, match="positions"):  # what is near the limit is counted as before
-        engine.new_scheduler().new_sequence(engine.request("ab " * model.max_length, "text"))
+        engine.new_scheduler().new_sequence(engine.build_request("ab " * model.max_length, "text"))
     engine.new_scheduler().new_sequence(
-        engine.request([picture, "a" + " " * MAX_CHARS_PER_POSITION * model.max_length + "b"], "text")
+        engine.build_request([picture, "a" + " " * MAX_CHARS_PER_POSITION * model.max_length + "b"], "text")
     )
     assert len(read) == 2, "the control: blanks are one"
 
@@ -54,8 +54,8 @@ def test_pictures_that_are_seen_as_features_are_counted_before(engine: Any, monk
     picture, most = Image.new("RGB", (16, 16)), model.max_length // 100
     assert most >= 2
     with pytest.raises(ValueError, match=f"{most + 1} pictures, the model reads {model.max_length:,} positions"):
-        engine.new_scheduler().new_sequence(engine.request([picture] * (most + 1) + ["what is it?"], "text"))
+        engine.new_scheduler().new_sequence(engine.build_request([picture] * (most + 1) + ["what is it?"], "text"))
     assert not seen
     with pytest.raises(ValueError, match="^seen$"):  # the control: as many as fit are looked at
-        engine.new_scheduler().new_sequence(engine.request([picture] * most + ["what is it?"], "text"))
+        engine.new_scheduler().new_sequence(engine.build_request([picture] * most + ["what is it?"], "text"))
     assert seen == [most]

@@ -83,7 +83,7 @@ surfaces["errors"] = [
 worker = BatchedWorker(engine, 4)
 worker.ask(0, Job(Document.of("a dog"), "image", {"generator": "blinking", "blink": 1.5}))
 surfaces["settings"] = [next(worker.step())[1].settings["blink"]]
-surfaces["settings"] += [engine.request("a dog", "image", generator="blinking", **given).settings()["blink"]
+surfaces["settings"] += [engine.build_request("a dog", "image", generator="blinking", **given).settings()["blink"]
                       for given in ({}, {"options": BlinkOptions(blink=0.5)})]
 info = engine.info()
 surfaces["info"] = [info["takes"]["blinking"], info["sampling"]["blinking"]["blink"]]

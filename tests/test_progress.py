@@ -82,8 +82,8 @@ def test_a_notebook_has_bars_without_warnings(monkeypatch: pytest.MonkeyPatch, r
 def test_every_generator_says_how_far_it_is(engine: Any) -> None:
     for name in engine.info()["generators"]:
         seen: list[float] = []
-        requests = [engine.request("a dog", "image", generator=name, seed=seed) for seed in (0, 1)]
-        assert len(list(engine.run(requests, seen.append))) == 2
+        requests = [engine.build_request("a dog", "image", generator=name, seed=seed) for seed in (0, 1)]
+        assert len(list(engine.run_requests(requests, seen.append))) == 2
         assert seen == sorted(seen) and seen[-1] == 2.0, name
         assert any(0 < done < 2 for done in seen[:-1]) and max(seen[:-1]) < 2, name
 

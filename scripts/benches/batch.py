@@ -32,8 +32,8 @@ def make_prompts(count: int) -> list[str]:
 
 
 def generate_codes(engine: unigen.Engine, asked: list[str], seeds: list[int]) -> list[torch.Tensor]:
-    requests = [engine.request(p, "image", seed=s) for p, s in zip(asked, seeds, strict=True)]
-    list(engine.run(requests))
+    requests = [engine.build_request(p, "image", seed=s) for p, s in zip(asked, seeds, strict=True)]
+    list(engine.run_requests(requests))
     return [request.document.segments[-1].image for request in requests]  # type: ignore[misc]
 
 

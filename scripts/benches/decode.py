@@ -62,7 +62,7 @@ def engine_runner(model: Any, batch: int, guided: bool) -> Callable[[], int]:
     options = {"guidance": 3.0 if guided else 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
     def run() -> int:
-        list(engine.run([engine.request(PROMPT, "image", seed=i, **options) for i in range(batch)]))
+        list(engine.run_requests([engine.build_request(PROMPT, "image", seed=i, **options) for i in range(batch)]))
         return batch * height * width
 
     return run

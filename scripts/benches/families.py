@@ -80,8 +80,8 @@ def engine_runner(model: UnifiedModel, prompt: Any, **options: Any) -> Callable[
     engine = Engine(model)
 
     def run() -> Any:
-        request = engine.request(prompt, "image", **options)
-        list(engine.run([request]))
+        request = engine.build_request(prompt, "image", **options)
+        list(engine.run_requests([request]))
         return request.document.segments[-1].image
 
     return run

@@ -37,8 +37,8 @@ def generate_codes(engine: unigen.Engine, asked: list[Segment]) -> list[Tensor]:
     codes: list[Any] = []
     for start in range(0, len(asked), BATCH):
         documents = [Document([segment]) for segment in asked[start : start + BATCH]]
-        requests = [engine.request(d, "image", generator="next-token", temperature=0.0) for d in documents]
-        list(engine.run(requests))
+        requests = [engine.build_request(d, "image", generator="next-token", temperature=0.0) for d in documents]
+        list(engine.run_requests(requests))
         codes += [request.document.segments[-1].image for request in requests]
     return codes
 

@@ -62,7 +62,7 @@ def main(args: list[str]) -> int:
             for kind in seconds:
                 begin = time.perf_counter()
                 requests = [
-                    engine.request(prompt, "image", seed=n, accelerate=kind) for n, prompt in enumerate(prompts)
+                    engine.build_request(prompt, "image", seed=n, accelerate=kind) for n, prompt in enumerate(prompts)
                 ]
                 steps[kind] = sum(count_steps(engine, request) for request in requests) / len(prompts)
                 seconds[kind] = min(seconds[kind], (time.perf_counter() - begin) / len(prompts))

@@ -124,7 +124,7 @@ def test_guidance_is_off_at_one_and_outside_its_interval(name: str) -> None:
             trajectory.step(predictions)
         return trajectory.x_t
 
-    assert Guidance((1.0,), name).branches == 1
+    assert Guidance((1.0,), name).num_branches == 1
     off = stepped(Guidance((1.0,), name), [c])
     assert torch.equal(stepped(Guidance((5.0,), name, interval=(0.2, 0.6)), [c, u]), off)  # times 1 and 3/4
     assert not torch.equal(stepped(Guidance((5.0,), name, interval=(0.2, 0.8)), [c, u]), off)

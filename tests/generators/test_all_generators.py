@@ -43,8 +43,8 @@ def sampling_options(writer: str) -> dict[str, Any]:
 
 def generate(engine: Engine, prompts: list[Any], seeds: list[int], **options: Any) -> list[list[list[int]]]:
     """One picture for each prompt, all in one batch: codes, or pixels where there are none."""
-    requests = [engine.request(p, "image", seed=s, **options) for p, s in zip(prompts, seeds, strict=True)]
-    list(engine.run(requests))
+    requests = [engine.build_request(p, "image", seed=s, **options) for p, s in zip(prompts, seeds, strict=True)]
+    list(engine.run_requests(requests))
     return [to_lists(request.document.segments[-1].image) for request in requests]
 
 
@@ -88,8 +88,8 @@ def test_a_generator_goes_by_one_name() -> None:
 
 
 def test_writers_share_a_batch(engine: Engine) -> None:
-    requests = [engine.request(PROMPTS[0], "image", seed=3, **sampling_options(w)) for w in GENERATORS]
-    list(engine.run(requests))
+    requests = [engine.build_request(PROMPTS[0], "image", seed=3, **sampling_options(w)) for w in GENERATORS]
+    list(engine.run_requests(requests))
     together = [to_lists(request.document.segments[-1].image) for request in requests]
     alone = [generate(engine, PROMPTS[:1], [3], **sampling_options(w))[0] for w in GENERATORS]
     assert run_separately(together, alone) <= 1
@@ -129,8 +129,8 @@ def test_loss_and_sampler_mirror_each_other(tiny_folder: Path, writer: str) -> N
     options: dict[str, Any] = {"generator": writer, "temperature": 0.0, "guidance": 1.0}
     first_codes, _, third_codes = codes_in_order(engine, writer)
     assert generate(engine, [chat.segments[:-1] for chat in chats[:2]], [0, 0], **options) == [first_codes, third_codes]
-    request = engine.request("story", "interleaved", **options)
-    list(engine.run([request]))
+    request = engine.build_request("story", "interleaved", **options)
+    list(engine.run_requests([request]))
     said = [s.text or to_lists(s.image) for s in request.document.segments[1:]]
     if not engine.model.generators[writer].trains_on_codes:  # in a story each picture is read again, as codes
         pixels = to_pixels([np.array(picture, dtype=np.uint8) for picture in (first_codes, third_codes)], 16)
@@ -155,8 +155,8 @@ def test_an_image_is_complete_or_not_there(engine: Engine, writer: str) -> None:
     seen = 0
     for seed in range(6):
         options: dict[str, Any] = {"seed": seed, "temperature": 1.5, "max_tokens": 40, "max_images": 2}
-        request = engine.request("a story", "interleaved", generator=writer, **options)
-        list(engine.run([request]))
+        request = engine.build_request("a story", "interleaved", generator=writer, **options)
+        list(engine.run_requests([request]))
         for segment in request.document.segments[1:]:
             seen += segment.image is not None
             if isinstance(segment.image, torch.Tensor):

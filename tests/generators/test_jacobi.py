@@ -59,7 +59,7 @@ def draw(toy: ToyModel, span: SegmentSpec, kind: str | None) -> tuple[int, ...]:
     generator = NextToken(GRID)
     span.options = OptionSet([Acceleration(accelerate=kind)])
     state = generator.start(span)
-    while not state.done:
+    while not state.finished:
         read = generator.prepare_step(state)
         hidden = [toy.states(state.ids, read.ids, branch) for branch in range(2)]
         generator.step(toy, [state], [hidden])  # type: ignore[arg-type]
@@ -136,14 +136,14 @@ def test_the_same_seed_gives_the_same_picture_of_the_toy() -> None:
 
 
 def codes_of(engine: Any, requests: list[Any]) -> list[list[int]]:
-    list(engine.run(requests))
+    list(engine.run_requests(requests))
     return [request.document.segments[-1].image.flatten().tolist() for request in requests]
 
 
 @pytest.mark.parametrize("kind", SPECULATIVE_METHODS)
 def test_greedy_is_the_same(tiny_folder: Path, kind: str) -> None:
     engine = unigen.load(str(tiny_folder), "cpu")
-    ask = lambda how: engine.request("a red dog", "image", temperature=0.0, guidance=3.0, accelerate=how)  # noqa: E731
+    ask = lambda how: engine.build_request("a red dog", "image", temperature=0.0, guidance=3.0, accelerate=how)  # noqa: E731
     assert codes_of(engine, [ask(kind)]) == codes_of(engine, [ask(None)])
 
 
@@ -162,7 +162,7 @@ def test_alone_and_in_a_batch_and_with_ends_of_rows(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(Scheduler, "step", counted)
     sizes = [(40, 32), (16, 24), (24, 16)]
     for kind in SPECULATIVE_METHODS:
-        ask = lambda n, how: engine.request(  # noqa: E731
+        ask = lambda n, how: engine.build_request(  # noqa: E731
             "a red apple", "image", seed=n, temperature=0.3, top_k=4, size=sizes[n], accelerate=how
         )
         together = codes_of(engine, [ask(n, kind) for n in range(3)])
@@ -219,7 +219,7 @@ def test_the_shipped_model_place_by_place(monkeypatch: pytest.MonkeyPatch) -> No
         for first in range(0, count, 50):
             options = {"temperature": 1.0, "top_k": 100, "guidance": 3.0, "accelerate": kind}
             words = "two apples on a blue background"
-            asked = [engine.request(words, "image", seed=seed + first + n, **options) for n in range(50)]
+            asked = [engine.build_request(words, "image", seed=seed + first + n, **options) for n in range(50)]
             made += codes_of(engine, asked)
         return np.array(made)
 

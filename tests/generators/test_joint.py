@@ -78,8 +78,8 @@ def test_each_is_written_to_the_other_and_both_from_nothing(trained_toy: Engine)
     for pair, text, picture in zip(wanted, SHORT, PICTURES, strict=True):
         assert generate_pair(trained_toy, text=text, guidance=1.0, temperature=0.0) == pair
         assert generate_pair(trained_toy, image=picture, guidance=1.0, steps=10) == pair
-        request = trained_toy.request(text, "image", generator="joint", guidance=2.0, temperature=0.0)
-        list(trained_toy.run([request]))
+        request = trained_toy.build_request(text, "image", generator="joint", guidance=2.0, temperature=0.0)
+        list(trained_toy.run_requests([request]))
         assert request.document.segments[-1].image.tolist() == pair[1]  # type: ignore[union-attr]
     drawn = [generate_pair(trained_toy, seed=seed, guidance=1.0, steps=10) for seed in range(12)]
     crossed = [(wanted[0][0], wanted[1][1]), (wanted[1][0], wanted[0][1])]
@@ -98,11 +98,11 @@ def test_what_is_given_stays_whatever_the_model_says(engine: Engine) -> None:
     said = [generate_pair(engine, temperature=1.5, seed=seed)[0] for seed in range(3)]
     assert all(said)
     generator: Any = engine.model.generators["joint"]
-    request = engine.request(Document([Segment(text="")]), "joint", generator="joint", temperature=1.5)
+    request = engine.build_request(Document([Segment(text="")]), "joint", generator="joint", temperature=1.5)
     kept: list[Any] = []
     generator.decode = lambda model, states: kept.extend(states) or type(generator).decode(generator, model, states)
     try:
-        list(engine.run([request]))
+        list(engine.run_requests([request]))
     finally:
         del generator.decode
     assert len(kept[0].text_ids) == 32 and not set(kept[0].text_ids) & set(generator.special_ids)
@@ -118,7 +118,7 @@ def test_the_blind_branch_reads_no_words(engine: Engine) -> None:
     model = engine.model
     generator = model.generators["joint"]
     assert engine.outputs[-1] == "joint" and generator.special_ids  # type: ignore[attr-defined]
-    request = engine.request(TEXTS[0], "image", generator="joint")
+    request = engine.build_request(TEXTS[0], "image", generator="joint")
     row = engine.new_scheduler().new_sequence(request)
     assert row.state is not None and isinstance(row.state, MaskedState)
     read = generator.prepare_step(row.state)

@@ -77,8 +77,8 @@ def test_sampling_sees_what_training_sees(engine: Engine) -> None:
     options: dict[str, Any] = {"generator": "masked", "steps": 1, "temperature": 0.0, "guidance": 1.0}
     for given in ((9, 3), (4, 4), (20, 0), (1, 30)):
         fixed = torch.tensor([[-1, -1], given])
-        request = engine.request("a blue horse", "image", fixed_codes=fixed, **options)
-        list(engine.run([request]))
+        request = engine.build_request("a blue horse", "image", fixed_codes=fixed, **options)
+        list(engine.run_requests([request]))
         batch = model.insert_image_ids(pack([[model.template.encode(request.document, generator="masked")]], 40, 16))
         [row], at = (x[0] for x in batch.span_positions(batch.images_of("masked")))
         batch.ids_BL[row, at[:2]] = model.generators["masked"].mask_id
@@ -91,12 +91,14 @@ def test_sampling_sees_what_training_sees(engine: Engine) -> None:
 def test_given_codes_stay(engine: Engine) -> None:
     fixed = torch.tensor([[9, -1], [-1, 3]])
     for seed in range(4):
-        request = engine.request("a dog", "image", generator="masked", fixed_codes=fixed, seed=seed, temperature=2.0)
-        list(engine.run([request]))
+        request = engine.build_request(
+            "a dog", "image", generator="masked", fixed_codes=fixed, seed=seed, temperature=2.0
+        )
+        list(engine.run_requests([request]))
         codes = request.document.segments[-1].image
         assert codes[0, 0] == 9 and codes[1, 1] == 3 and codes.min() >= 0
-    request = engine.request("a dog", "image", generator="masked", fixed_codes=codes)
-    list(engine.run([request]))
+    request = engine.build_request("a dog", "image", generator="masked", fixed_codes=codes)
+    list(engine.run_requests([request]))
     assert torch.equal(request.document.segments[-1].image, codes)
 
 

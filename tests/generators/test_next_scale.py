@@ -60,7 +60,11 @@ def test_the_cache_of_scales_equals_teacher_forcing(engine: Engine, monkeypatch:
         return torch.zeros(len(states), 3, 32, 32)
 
     monkeypatch.setattr(head, "decode", pictures)
-    list(engine.run([engine.request("a blue horse", "image", generator="next-scale", temperature=0.0, guidance=1.0)]))
+    list(
+        engine.run_requests(
+            [engine.build_request("a blue horse", "image", generator="next-scale", temperature=0.0, guidance=1.0)]
+        )
+    )
     assert len(written[0]) == 1 + 4 + 16 and written[0].unique().numel() > 4
     monkeypatch.setattr(head.tokenizer, "encode", lambda pixels: written[0][None])
     batch = pack([[model.template.encode(chat(), generator="next-scale")]], 64, 32)
@@ -122,7 +126,7 @@ def test_guidance_grows_with_the_scales(engine: Engine, monkeypatch: pytest.Monk
         return combine(self, predictions, weight)
 
     monkeypatch.setattr(Guidance, "combine", record)
-    list(engine.run([engine.request("a dog", "image", generator="next-scale", guidance=3.0)]))
+    list(engine.run_requests([engine.build_request("a dog", "image", generator="next-scale", guidance=3.0)]))
     assert weights == [0.0, 0.5, 1.0]
 
 

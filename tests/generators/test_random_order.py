@@ -52,10 +52,10 @@ def test_what_is_given_stays(tiny_folder: Path) -> None:
     fixed = torch.tensor([[5, -1], [-1, 9]])
     seen = set()
     for seed in range(6):
-        request = engine.request(
+        request = engine.build_request(
             "a dog", "image", generator="random-order", fixed_codes=fixed, temperature=2.0, seed=seed
         )
-        list(engine.run([request]))
+        list(engine.run_requests([request]))
         codes_hw = request.document.segments[-1].image
         assert codes_hw[0, 0] == 5 and codes_hw[1, 1] == 9
         seen.add((int(codes_hw[0, 1]), int(codes_hw[1, 0])))

@@ -59,8 +59,8 @@ def test_transformers_reads_it_as_a_plain_language_model(exported: Any) -> None:
     assert config["model_type"] in ("llama", "gemma") and config["architectures"][0].endswith("ForCausalLM")
     lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     assert type(lm).__module__.startswith("transformers.models.")
-    request = engine.request(asked["prompt"], "image", size=asked["size"], seed=1)
-    list(engine.run([request]))
+    request = engine.build_request(asked["prompt"], "image", size=asked["size"], seed=1)
+    list(engine.run_requests([request]))
     ids_1L = torch.tensor([engine.model.token_ids(engine.model.template.encode(request.document))])
     assert engine.model.vocabulary.is_image(ids_1L).sum() >= 4
     with torch.no_grad():

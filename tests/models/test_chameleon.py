@@ -48,11 +48,11 @@ def test_three_branches(folder: Path) -> None:
     asked = Document([Segment(image=torch.zeros(8, 8, dtype=torch.int64)), Segment(text="draw it")])
     lengths = [len(template.prompt(asked, output="image", branch=branch)) for branch in range(3)]
     assert lengths[2] == 1 and lengths[1] == 1 + 66 and lengths[0] > lengths[1]
-    assert engine.request("a", "image").guidance.scales == (3.0, 1.2)
-    assert engine.request("a", "image", guidance=5.0).guidance.scales == (5.0, 1.2)
-    assert engine.request("a", "image", guidance=1.0).guidance.branches == 1
+    assert engine.build_request("a", "image").guidance.scales == (3.0, 1.2)
+    assert engine.build_request("a", "image", guidance=5.0).guidance.scales == (5.0, 1.2)
+    assert engine.build_request("a", "image", guidance=1.0).guidance.num_branches == 1
     with pytest.raises(ValueError, match="3 branches of guidance: give 2 scales"):
-        engine.request("a", "image", guidance=(1.0, 2.0, 3.0))
+        engine.build_request("a", "image", guidance=(1.0, 2.0, 3.0))
 
 
 def test_text_is_drawn_as_by_anoles_scripts(folder: Path, tmp_path: Path) -> None:
@@ -69,14 +69,14 @@ def test_text_is_drawn_as_by_anoles_scripts(folder: Path, tmp_path: Path) -> Non
         assert template.prompt(asked, output="text").ids == [start, *words, end]
         assert template.prompt(asked, output="image").ids == [start, *words, end]
         for output in ("text", "interleaved"):
-            assert engine.request(case.WORDS, output).text == SamplingOptions(1.0, 0, 0.9, 1.2)  # type: ignore[arg-type]
-        told = engine.request(case.WORDS, "text", temperature=0.0, top_p=1.0, repetition_penalty=1.0).text
+            assert engine.build_request(case.WORDS, output).text == SamplingOptions(1.0, 0, 0.9, 1.2)  # type: ignore[arg-type]
+        told = engine.build_request(case.WORDS, "text", temperature=0.0, top_p=1.0, repetition_penalty=1.0).text
         assert told == SamplingOptions(0.0)
     assert engine.info()["sampling"]["text"] == chameleon.TEXT_SAMPLING
     with pytest.raises(ValueError, match="next-token does not take repetition_penalty"):
-        engine.request("a", "image", repetition_penalty=1.2)
+        engine.build_request("a", "image", repetition_penalty=1.2)
     with pytest.raises(ValueError, match="repetition_penalty must be a number from 1"):
-        engine.request("a", "text", repetition_penalty=0.5)
+        engine.build_request("a", "text", repetition_penalty=0.5)
 
 
 def test_a_penalty_on_repetition_is_that_of_transformers(folder: Path) -> None:
@@ -86,9 +86,11 @@ def test_a_penalty_on_repetition_is_that_of_transformers(folder: Path) -> None:
     engine, seen = unigen.load(str(folder), "cpu"), []
     for penalty in (1.0, 1.5):
         with common.record_logits(next_token) as steps:
-            request = engine.request(case.WORDS, "text", temperature=0.0, repetition_penalty=penalty, max_tokens=12)
+            request = engine.build_request(
+                case.WORDS, "text", temperature=0.0, repetition_penalty=penalty, max_tokens=12
+            )
             ids = engine.model.template.prompt(request.document, output="text").ids
-            list(engine.run([request]))
+            list(engine.run_requests([request]))
         seen.append(torch.cat(steps))
     written = [int(logits.argmax()) for logits in seen[1]]
     process, legal = RepetitionPenaltyLogitsProcessor(1.5), seen[0][0].isfinite()

@@ -29,8 +29,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_pictures_of_several_sizes_in_one_batch(folder: Path) -> None:
     engine = unigen.load(str(folder), "cpu")
     sizes = [(16, 8), (8, 16), (16, 8)]
-    requests = [engine.request("a red apple", "image", seed=n, size=size) for n, size in enumerate(sizes)]
-    drawn = dict(engine.run(requests))
+    requests = [engine.build_request("a red apple", "image", seed=n, size=size) for n, size in enumerate(sizes)]
+    drawn = dict(engine.run_requests(requests))
     assert [drawn[n].size for n in range(3)] == sizes
     for n, size in enumerate(sizes):
         assert engine.generate("a red apple", seed=n, size=size).tobytes() == drawn[n].tobytes()
@@ -42,7 +42,7 @@ def test_a_document_says_the_size_it_asks_for(folder: Path) -> None:
     assert engine.generate(asked).tobytes() == engine.generate("a red apple", size=(16, 8)).tobytes()
     assert engine.generate(asked, size=(8, 16)).size == (8, 16) and asked.size == (16, 8)
     with pytest.raises(ValueError, match="multiples of 4"):
-        engine.request(Document([Segment(text="a red apple")], (30, 32)), "image")
+        engine.build_request(Document([Segment(text="a red apple")], (30, 32)), "image")
 
 
 def test_captions_of_pictures_of_several_shapes(folder: Path) -> None:

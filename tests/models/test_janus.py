@@ -194,12 +194,12 @@ def test_training_reads_pictures_as_inference_does(folder: Path) -> None:
 def test_features_of_a_picture_are_no_ids(folder: Path) -> None:
     """Their positions hold id 0, which a penalty on repetition does not count. The control: it is among the ids."""
     engine = unigen.load(str(folder), "cpu")
-    sequence = engine.new_scheduler().new_sequence(engine.request(QUESTION, "text", repetition_penalty=1.5))
+    sequence = engine.new_scheduler().new_sequence(engine.build_request(QUESTION, "text", repetition_penalty=1.5))
     ids, [span] = sequence.pending_ids[0], sequence.prompt_spans[0]
     assert set(ids[span.start : span.stop]) == {0} and len(span.features_PD) == span.stop - span.start
     assert max(ids) < engine.model.vocabulary.size
-    assert sequence.state is not None and sequence.state.span.before == frozenset(sequence.context_ids)
-    begin = sequence.state.span.begin
+    assert sequence.state is not None and sequence.state.spec.context_ids == frozenset(sequence.context_ids)
+    begin = sequence.state.spec.begin_id
     assert sequence.context_ids == {*ids[: span.start], *ids[span.stop :], begin}
     renamed = PromptIds(
         [id or 1 for id in ids[: span.start]] + ids[span.start :] + [begin], [span]

@@ -240,8 +240,8 @@ def test_a_prompt_is_read_alike_step_by_step_and_packed(words: Path) -> None:
     engine = unigen.load(str(words), "cpu")
     model, prompts = engine.model, [Document.of(prompt) for prompt in words_case.PROMPTS]
     with common.record_logits(next_token) as steps:
-        requests = [engine.request(p, "image", temperature=0.0, guidance=1.0) for p in prompts]
-        list(engine.run(requests))
+        requests = [engine.build_request(p, "image", temperature=0.0, guidance=1.0) for p in prompts]
+        list(engine.run_requests(requests))
     drawn = [request.document.segments[-1].image for request in requests]
     documents = [
         model.template.encode(Document([*prompt.segments, Segment(image=codes, role="assistant")]))

@@ -70,7 +70,9 @@ def test_what_an_answer_and_an_edit_read(folder: Path) -> None:
 def test_pictures_of_several_sizes_in_one_batch(folder: Path) -> None:
     engine = unigen.load(str(folder), "cpu")
     sizes = [(16, 8), (8, 16), (16, 8)]
-    drawn = dict(engine.run([engine.request("a", "image", seed=n, size=size) for n, size in enumerate(sizes)]))
+    drawn = dict(
+        engine.run_requests([engine.build_request("a", "image", seed=n, size=size) for n, size in enumerate(sizes)])
+    )
     assert [drawn[n].size for n in range(3)] == sizes
     for n, size in enumerate(sizes):
         assert engine.generate("a", seed=n, size=size).tobytes() == drawn[n].tobytes()
@@ -89,7 +91,10 @@ def test_a_second_picture_is_guided_by_its_own_beginning(folder: Path, monkeypat
     def announces(_: Any, states: list[Any], hidden: list[list[torch.Tensor]]) -> list[int]:
         """A text of nothing, and then a picture while there may be one."""
         for state in states:
-            state.pending_ids, state.done = [begin if begin in state.span.stops else state.span.stops[0]], True
+            state.pending_ids, state.finished = (
+                [begin if begin in state.spec.stop_token_ids else state.spec.stop_token_ids[0]],
+                True,
+            )
         return [len(branches[0]) for branches in hidden]
 
     monkeypatch.setattr(model, "cached_hidden_states", watched)

@@ -79,7 +79,7 @@ def test_pictures_whose_features_are_not_finite_are_not_read(case: Any, public: 
     model = engine.model
     if "text" not in engine.outputs:
         return
-    request = engine.request([picture, "what is it"], "text")
+    request = engine.build_request([picture, "what is it"], "text")
     for weight in (model.vision_encoder or model.image_tokenizer).parameters():
         weight.data.fill_(float("inf"))
     reason = "features of pictures of this model are not finite in float32: its checkpoint may be damaged"
@@ -114,16 +114,16 @@ def test_a_system_message_is_followed_or_refused(case: Any, public: Path) -> Non
     system, asked = Segment(text="a red apple", role="system"), Segment(text="red")
     if not template.supports_system:
         with pytest.raises(ValueError, match="system"):
-            engine.request([system, asked], engine.outputs[0])
+            engine.build_request([system, asked], engine.outputs[0])
         return
     plain, told, later = (
-        template.prompt(engine.request(said, "text").document, output="text").ids
+        template.prompt(engine.build_request(said, "text").document, output="text").ids
         for said in ([asked], [system, asked], [asked, system])
     )
     assert told == later != plain and told[-3:] == plain[-3:]
     decoded = [template.tokenizer.decode(ids, skip_special_tokens=True) for ids in (plain, told)]
     assert [text.count("a red apple") for text in decoded] == [0, 1]
-    drawn = engine.request([system, asked], "image").document
+    drawn = engine.build_request([system, asked], "image").document
     assert template.prompt(drawn, output="image").ids == template.prompt(Document([asked]), output="image").ids
 
 

@@ -136,9 +136,12 @@ def test_pictures_are_read_alone_as_in_a_batch(engine: Any) -> None:
     asked = [[pictures[0], "What is it"], [pictures[1], "What is it on a blue table"]]
     together = engine.generate_batch(asked, [0, 0], output="text", max_tokens=8)
     assert together == [engine.generate(one, "text", max_tokens=8) for one in asked]
-    requests = [engine.request(asked[0], "text", max_tokens=8), engine.request(case.PROMPT, "image", steps=3)]
+    requests = [
+        engine.build_request(asked[0], "text", max_tokens=8),
+        engine.build_request(case.PROMPT, "image", steps=3),
+    ]
     parts: dict[int, list[Any]] = {0: [], 1: []}
-    for number, part in engine.run(requests):
+    for number, part in engine.run_requests(requests):
         parts[number].append(part)
     assert "".join(parts[0]).strip() == together[0]
     assert parts[1][0].tobytes() == engine.generate(case.PROMPT, steps=3).tobytes()

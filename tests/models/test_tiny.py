@@ -132,10 +132,17 @@ def test_a_model_says_how_it_is_drawn_from(tiny_folder: Path, tmp_path: Path) ->
         == {"next-token": {"guidance": 2.5, "top_p": 0.6}}
     )
     engine = Engine(again)
-    asked, told = engine.request("a", "image"), engine.request("a", "image", guidance=4.0, top_p=1.0, temperature=0.5)
-    assert (asked.guidance.scales, asked.image, asked.text.top_p) == ((2.5,), SamplingOptions(0.8, 0, 0.6), 1.0)
-    assert (told.guidance.scales, told.image) == ((4.0,), SamplingOptions(0.5, 0, 1.0))
-    assert engine.request("a", "image", generator="masked").image == SamplingOptions(0.8, 0, 1.0)
+    asked, told = (
+        engine.build_request("a", "image"),
+        engine.build_request("a", "image", guidance=4.0, top_p=1.0, temperature=0.5),
+    )
+    assert (asked.guidance.scales, asked.image_sampling, asked.text_sampling.top_p) == (
+        (2.5,),
+        SamplingOptions(0.8, 0, 0.6),
+        1.0,
+    )
+    assert (told.guidance.scales, told.image_sampling) == ((4.0,), SamplingOptions(0.5, 0, 1.0))
+    assert engine.build_request("a", "image", generator="masked").image == SamplingOptions(0.8, 0, 1.0)
     assert engine.info()["sampling"]["next-token"] == {"guidance": 2.5, "temperature": 0.8, "top_k": 0, "top_p": 0.6}
     assert engine.info()["sampling"]["flow"] == {"guidance": 3.0, "steps": 20, "solver": "euler", "guider": "cfg"}
 

@@ -170,9 +170,9 @@ def rows(folder: Path) -> Iterator[ParityRow]:
         sampled_ids: dict[bool, list[int]] = {False: [], True: []}
         for trap, codes in sampled_ids.items():
             for prompt_document in (shown, Document.of(WORDS)):
-                request = engine.request(prompt_document, "image", **options)
+                request = engine.build_request(prompt_document, "image", **options)
                 with without_image_branch(template, trap):
-                    list(engine.run([request]))
+                    list(engine.run_requests([request]))
                 image = request.document.segments[-1].image
                 assert isinstance(image, Tensor)
                 codes += image.flatten().tolist()

@@ -207,8 +207,8 @@ def rows(folder: Path) -> Iterator[ParityRow]:
     runs = []
     for row_end in (template.layout(grid).row_end_ids, ()):
         with common.wrong_row_end(template, row_end), common.record_logits(next_token) as steps:
-            request = engine.request(PROMPTS[0], "image", temperature=0.0, size=size)
-            list(engine.run([request]))
+            request = engine.build_request(PROMPTS[0], "image", temperature=0.0, size=size)
+            list(engine.run_requests([request]))
         runs.append((torch.stack([steps[position][0] for position in places]), request.document.segments[-1].image))
     reference_values = center_crop(scores[places])
     yield ParityRow(
@@ -231,8 +231,8 @@ def rows(folder: Path) -> Iterator[ParityRow]:
         expected_ids += reference.sampled(words, sampling, seed=5)
         for row_end, written in ((template.layout(grid).row_end_ids, sampled_ids), ((), control)):
             with common.wrong_row_end(template, row_end):
-                request = engine.request(words, "image", seed=5, temperature=1.0, top_k=100, size=size)
-                list(engine.run([request]))
+                request = engine.build_request(words, "image", seed=5, temperature=1.0, top_k=100, size=size)
+                list(engine.run_requests([request]))
             written += request.document.segments[-1].image.flatten().tolist()
     yield ParityRow(
         "emu3 sampled ids",

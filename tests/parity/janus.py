@@ -291,9 +291,9 @@ def rows(folder: Path) -> Iterator[ParityRow]:
             options = {"seed": seed, "temperature": sampling.temperature}
             expected_ids += reference.codes(words, height * width, sampling, 5.0, seed)
             for trap, sampled_ids in ((False, written), (True, control)):
-                request = engine.request(words, "image", **options)
+                request = engine.build_request(words, "image", **options)
                 with codes_as_text(model, trap):
-                    list(engine.run([request]))
+                    list(engine.run_requests([request]))
                 sampled_ids += request.document.segments[-1].image.flatten().tolist()
         assert len(set(expected_ids)) >= 32, f"too few different codes: {len(set(expected_ids))}"
         yield ParityRow(
@@ -409,8 +409,8 @@ def transformers_rows(folder: Path) -> Iterator[ParityRow]:
     runs = []
     for text in (prompt_document, turned):
         with common.record_logits(next_token) as steps:
-            request = engine.request(text, "text", max_tokens=16)
-            list(engine.run([request]))
+            request = engine.build_request(text, "text", max_tokens=16)
+            list(engine.run_requests([request]))
         texts = template.tokenizer(request.document.segments[-1].text, add_special_tokens=False)["input_ids"]
         runs.append((steps[0][0], texts))
     legal, trap = runs[0][0].isfinite(), "a picture stretched"
@@ -434,8 +434,8 @@ def transformers_rows(folder: Path) -> Iterator[ParityRow]:
     runs = []
     for trapped in (False, True):
         with codes_as_text(model, trapped), common.record_logits(next_token) as steps:
-            request = engine.request(PROMPTS[0], "image", temperature=0.0)
-            list(engine.run([request]))
+            request = engine.build_request(PROMPTS[0], "image", temperature=0.0)
+            list(engine.run_requests([request]))
         runs.append((torch.stack([steps[position][0] for position in places]), generated_codes(request)))
     reference_values = steps_NK[places]
     yield ParityRow(
@@ -456,9 +456,9 @@ def transformers_rows(folder: Path) -> Iterator[ParityRow]:
         torch.manual_seed(5 * 1_000_003 + 1)
         expected_ids += reference.draw(words, do_sample=True, top_k=0)[0]
         for trapped, written in sampled_ids.items():
-            request = engine.request(words, "image", seed=5)
+            request = engine.build_request(words, "image", seed=5)
             with codes_as_text(model, trapped):
-                list(engine.run([request]))
+                list(engine.run_requests([request]))
             written += generated_codes(request)
     yield ParityRow(
         "janus-hf sampled ids",

@@ -236,8 +236,8 @@ def rows(folder: Path) -> Iterator[ParityRow]:
 
 
 def codes_of(engine: Any, words: str, seed: int, **options: Any) -> list[int]:
-    request = engine.request(words, "image", seed=seed, **options)
-    list(engine.run([request]))
+    request = engine.build_request(words, "image", seed=seed, **options)
+    list(engine.run_requests([request]))
     codes: Tensor = request.document.segments[-1].image
     return codes.flatten().tolist()  # type: ignore[no-any-return]
 

@@ -125,8 +125,8 @@ def rows(folder: Path) -> Iterator[ParityRow]:
             for part, options in zip(parts, ({"temperature": 0.0}, {"top_k": TOP_K, "top_p": TOP_P}), strict=True):
                 codes: list[int] = []
                 for label in LABELS:
-                    request = engine.request(Segment(label=label), "image", seed=SEED, guidance=SCALE, **options)
-                    list(engine.run([request]))
+                    request = engine.build_request(Segment(label=label), "image", seed=SEED, guidance=SCALE, **options)
+                    list(engine.run_requests([request]))
                     image = request.document.segments[-1].image
                     assert isinstance(image, Tensor)
                     codes += image.flatten().tolist()

@@ -251,8 +251,10 @@ def rows(folder: Path) -> Iterator[ParityRow]:
         with wrongly:
             for kind, options in kinds.items():
                 with common.record_logits(next_token) as steps:
-                    logits_stack = [engine.request(p, "image", seed=SEED, guidance=SCALE, **options) for p in prompts]
-                    list(engine.run(logits_stack))  # prompts of several lengths
+                    logits_stack = [
+                        engine.build_request(p, "image", seed=SEED, guidance=SCALE, **options) for p in prompts
+                    ]
+                    list(engine.run_requests(logits_stack))  # prompts of several lengths
                 if kind == "greedy":
                     logits[case] = torch.stack([steps[position] for position in places], 1)
                 sampled_ids[case, kind] = [

@@ -283,8 +283,8 @@ def rows(folder: Path) -> Iterator[ParityRow]:
         for words in PROMPTS:
             row_end = () if trapped else template.layout(GRID).row_end_ids
             with common.wrong_row_end(template, row_end), common.record_logits(next_token) as steps:
-                request = engine.request(words, "image", temperature=0.0, size=SIZE)
-                list(engine.run([request]))
+                request = engine.build_request(words, "image", temperature=0.0, size=SIZE)
+                list(engine.run_requests([request]))
             logits.append(torch.stack([steps[position][0] for position in PLACES]))
             codes += drawn_of(request)
         runs[trapped] = (logits, codes)
@@ -307,8 +307,8 @@ def rows(folder: Path) -> Iterator[ParityRow]:
         expected_ids += reference.sampled(words, sampling, seed=5)
         for row_end, written in ((template.layout(GRID).row_end_ids, sampled_ids), ((), control)):
             with common.wrong_row_end(template, row_end):
-                request = engine.request(words, "image", seed=5, temperature=1.0, top_k=100, size=SIZE)
-                list(engine.run([request]))
+                request = engine.build_request(words, "image", seed=5, temperature=1.0, top_k=100, size=SIZE)
+                list(engine.run_requests([request]))
             written += drawn_of(request)
     yield ParityRow(
         "lumina sampled ids",

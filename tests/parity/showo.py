@@ -404,8 +404,8 @@ def drawn(engine: Any, options: dict[str, Any], **mistakes: Any) -> tuple[list[i
 
     with patch.multiple(generator, _unmask=watched, create=True, **mistakes):
         for words in PROMPTS:
-            request = engine.request(words, "image", **options)
-            list(engine.run([request]))
+            request = engine.build_request(words, "image", **options)
+            list(engine.run_requests([request]))
             codes += request.document.segments[-1].image.flatten().tolist()
     return codes, torch.stack([steps[0], steps[1], steps[STEPS - 1]])
 

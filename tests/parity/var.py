@@ -137,8 +137,10 @@ def rows(folder: Path) -> Iterator[ParityRow]:
                 codes: list[int] = []
                 for label in LABELS:
                     with with_constant_guidance(constant), record_logits() as steps:
-                        request = engine.request(Segment(label=label), "image", seed=SEED, guidance=CFG + 1, **options)
-                        list(engine.run([request]))
+                        request = engine.build_request(
+                            Segment(label=label), "image", seed=SEED, guidance=CFG + 1, **options
+                        )
+                        list(engine.run_requests([request]))
                     codes += [int(code) for _, written in steps for code in written]
                     if part == "greedy" and label == LABELS[0]:
                         logits[constant] = torch.cat([scores[[0, -1]] for scores, _ in steps])

@@ -66,9 +66,9 @@ def test_options_out_of_range_are_refused(options: dict[str, float]) -> None:
 def test_guidance() -> None:
     c, i, u = torch.tensor([3.0]), torch.tensor([2.0]), torch.tensor([1.0])
     assert Guidance((3.0,)).combine([c, u]).item() == 1 + 3 * (3 - 1)
-    assert Guidance((1.0,)).branches == 1 and Guidance((1.0,)).combine([c]) is c
+    assert Guidance((1.0,)).num_branches == 1 and Guidance((1.0,)).combine([c]) is c
     assert Guidance((0.0,)).combine([c, u]).item() == 1
     assert Guidance((2.0, 0.5)).combine([c, i, u]).item() == 1 + 2 * (3 - 2) + 0.5 * (2 - 1)
     for bad in (math.nan, math.inf, -1.0):
         with pytest.raises(ValueError, match="guidance must be"):
-            Guidance.of(bad)
+            Guidance.from_value(bad)

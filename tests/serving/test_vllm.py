@@ -146,8 +146,8 @@ def asked(count: int, longest: int) -> list[dict[str, Any]]:
 
 def answers(engine: Any, options: list[dict[str, Any]]) -> list[list[Any]]:
     """The answers: texts, and images as codes."""
-    requests = [engine.request(**one) for one in options]
-    list(engine.run(requests))
+    requests = [engine.build_request(**one) for one in options]
+    list(engine.run_requests(requests))
     return [
         [s.text if s.image is None else s.image.tolist() for s in request.document.segments if s.role == "assistant"]
         for request in requests
@@ -206,7 +206,7 @@ def test_aborted_requests_change_nothing_for_others(folder: Path, local: Any) ->
     options, rng = asked(12, 60), random.Random(2)
     wanted = answers(local, options)
     with on_vllm(folder, max_num_batched_tokens=64, max_num_seqs=16) as engine:
-        requests, running = [engine.request(**one) for one in options], engine.new_scheduler()
+        requests, running = [engine.build_request(**one) for one in options], engine.new_scheduler()
         leaving = {
             running.add_request(request): rng.randrange(1, 60) if i % 2 else 0 for i, request in enumerate(requests)
         }
@@ -341,7 +341,7 @@ def test_concurrent_streams(engine: Any, local: Any) -> None:
 def test_unsupported_options_are_rejected(options: dict[str, Any], line: str, engine: Any) -> None:
     given = {"prompt": "a dog", **options}
     with pytest.raises(ValueError, match=line):
-        list(engine.run([engine.request("a dog", "image"), engine.request(**given)]))
+        list(engine.run_requests([engine.build_request("a dog", "image"), engine.build_request(**given)]))
     assert not engine.llm.has_unfinished_requests()
 
 
@@ -382,19 +382,19 @@ def test_random_draws_are_reproducible(engine: Any) -> None:
     from unigen.backends.vllm_guidance import Branch, serialize_segment
     from unigen.samplers.logits import sample
 
-    row = engine.new_scheduler().new_sequence(engine.request("a dog", "image", temperature=1.0, guidance=2.0))
+    row = engine.new_scheduler().new_sequence(engine.build_request("a dog", "image", temperature=1.0, guidance=2.0))
     ids: list[int] = []
-    branch = Branch(serialize_segment(row.state.span, engine.model.vocabulary, [], "span", 0), ids)
+    branch = Branch(serialize_segment(row.state.spec, engine.model.vocabulary, [], "span", 0), ids)
     scores = torch.zeros(1, engine.model.vocabulary.image_size)
 
     def drawn(count: int) -> int:
         ids[:] = [0] * count
-        return int(sample(scores, branch.span.sampling, [branch.state().span.rng]))
+        return int(sample(scores, branch.spec.sampling, [branch.state().spec.rng]))
 
     first = [drawn(count) for count in range(5)]
     assert len(set(first)) > 1
     assert [drawn(count) for count in (4, 4, 0, 2, 3)] == [first[count] for count in (4, 4, 0, 2, 3)]
-    assert int(sample(scores, branch.span.sampling, [branch.span.rng])) != first[3]
+    assert int(sample(scores, branch.spec.sampling, [branch.spec.rng])) != first[3]
 
 
 @pytest.mark.parametrize(
@@ -406,8 +406,8 @@ def test_request_without_segment_is_rejected(engine: Any, harm: dict[str, Any]) 
 
     from unigen.backends.vllm_guidance import EXTRA_ARGS_KEY, serialize_segment
 
-    row = engine.new_scheduler().new_sequence(engine.request("a dog", "image", guidance=2.0))
-    said = serialize_segment(row.state.span, engine.model.vocabulary, [], "span", 0)
+    row = engine.new_scheduler().new_sequence(engine.build_request("a dog", "image", guidance=2.0))
+    said = serialize_segment(row.state.spec, engine.model.vocabulary, [], "span", 0)
     with pytest.raises(VLLMValidationError, match="no span"):
         engine.llm.add_request(
             "x", {"prompt_token_ids": [1, 2]}, SamplingParams(temperature=0, extra_args={EXTRA_ARGS_KEY: said | harm})

@@ -169,7 +169,7 @@ def test_control_of_candidates(engine: Any, local: Any, monkeypatch: pytest.Monk
 def test_stream_closed_within_an_image_leaves_nothing_behind(engine: Any) -> None:
     running = engine.new_scheduler()
     options, *_ = stories("masked")
-    number = running.add_request(engine.request(**options))
+    number = running.add_request(engine.build_request(**options))
     while running._submitted_segments[number].names:
         running.step()
     running.step()

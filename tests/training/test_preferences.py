@@ -155,7 +155,7 @@ def test_the_likelihood_of_an_answer_is_that_by_which_the_engine_draws_it(
     """A picture's codes one by one from its own prompt and the unconditional one; a text's ids, its end among them."""
     model, batch = engine.model, preference_batch(engine, judged_file)
     template, first = model.template, model.vocabulary.text_size
-    together_D = likelihoods(model, batch, Guidance.of(scale), temperature).detach().flatten()
+    together_D = likelihoods(model, batch, Guidance.from_value(scale), temperature).detach().flatten()
 
     def logits_after(ids: list[int]) -> torch.Tensor:
         alone = pack([[Tokens(ids, [False] * len(ids))]], len(ids), 16)
@@ -313,22 +313,22 @@ def test_next_scale_is_as_likely_as_it_is_drawn(
 
     monkeypatch.setattr(next_scale, "sample_shared_rng", draw)
     options = {"guidance": scale, "temperature": temperature, "top_k": 0, "top_p": 1.0, "generator": "next-scale"}
-    requests = [engine.request("a dog", "image", seed=seed, **options) for seed in range(2)]
+    requests = [engine.build_request("a dog", "image", seed=seed, **options) for seed in range(2)]
     for request in requests:
-        list(engine.run([request]))
-    chats = [Document.of(["a dog", Segment(image=r.written[0], role="assistant")]) for r in requests]
+        list(engine.run_requests([request]))
+    chats = [Document.of(["a dog", Segment(image=r.native_codes[0], role="assistant")]) for r in requests]
     sides = [
         pack([[template.encode(chat, uncond=uncond, generator="next-scale") for chat in chats]], 64, 16)
         for uncond in (False, True)
     ]
     rng, scales = torch.Generator(), len(model.heads["next-scale"].lengths)
-    found_2 = log_likelihood(model, *sides, Guidance.of(scale), temperature, rng)
+    found_2 = log_likelihood(model, *sides, Guidance.from_value(scale), temperature, rng)
     expected_2 = torch.stack(drawn).view(2, scales).sum(1)
     asked = pack([[template.prompt(Document.of("a dog"))]], 32, 16)
     states_LD = model.hidden_states(asked)[0]
     opened = model.logits(states_LD[int(asked.segments_BL.sum()) - 1]).log_softmax(-1)[template.begin_ids["next-scale"]]
     torch.testing.assert_close(found_2, opened + expected_2, rtol=1e-4, atol=1e-3)
-    otherwise_2 = log_likelihood(model, *sides, Guidance.of(1.5), temperature, rng)
+    otherwise_2 = log_likelihood(model, *sides, Guidance.from_value(1.5), temperature, rng)
     assert (otherwise_2 - found_2).abs().min() > 0.1
 
 

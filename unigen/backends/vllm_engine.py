@@ -3,7 +3,7 @@
     engine = unigen.load("unigen-tiny", engine="vllm")
     image = engine.generate("two apples on a blue background", seed=0)
 
-Every span is one request of vLLM's for each branch of guidance. The next span of an answer is another request, whose
+Every segment is one request of vLLM's for each branch of guidance. The next segment of an answer is another request, whose
 prefix is in vLLM's prefix cache. Ids are sampled in vLLM by `unigen.backends.vllm_guidance`, as the local engine
 samples
 them: the same seed gives the same answer, whatever else runs. Images of other generators than next-token are not
@@ -166,10 +166,10 @@ def create_llm_engine(
 
 @dataclass
 class _SubmittedSegment:
-    """A span of a sequence, as requests of vLLM's."""
+    """A segment of a sequence, as requests of vLLM's."""
 
     names: list[str]
-    """Ids of the requests, one for each branch of guidance; none where the span is written by the model here."""
+    """Ids of the requests, one for each branch of guidance; none where the segment is written by the model here."""
     prompts: list[list[int]]
     """Ids that each branch reads."""
     ids: list[int] = field(default_factory=list)
@@ -224,9 +224,9 @@ class VllmEngine(Engine):
         """See `BatchedEngine.new_scheduler`."""
         return VllmScheduler(self)
 
-    def request(self, prompt: Prompt, output: Output, **options: OptionValue) -> Request:
-        """See `Engine.request`. Raises ValueError, too, for what vLLM cannot do."""
-        request = super().request(prompt, output, **options)
+    def build_request(self, prompt: Prompt, output: Output, **options: OptionValue) -> Request:
+        """See `Engine.build_request`. Raises ValueError, too, for what vLLM cannot do."""
+        request = super().build_request(prompt, output, **options)
         if request.options[Acceleration].accelerate:
             raise ValueError("vLLM writes one code a step: leave accelerate out, or use --engine local")
         return request
@@ -251,15 +251,15 @@ class VllmEngine(Engine):
         return super().hidden_states(prompt)
 
     def send(self, row: SequenceState, before: list[int]) -> _SubmittedSegment:
-        """Submit a sequence's current span to vLLM.
+        """Submit a sequence's current segment to vLLM.
 
         Args:
-            row: the sequence. Where its span is written by the model here, its main branch is set to read all of
+            row: the sequence. Where its segment is written by the model here, its main branch is set to read all of
                 `before` again.
             before: ids that the main branch has read.
 
         Returns:
-            The submitted requests; none where the span is written here.
+            The submitted requests; none where the segment is written here.
 
         Raises:
             ValueError: in one line, where vLLM refuses a request.
@@ -275,19 +275,19 @@ class VllmEngine(Engine):
         from unigen.backends.vllm_guidance import EXTRA_ARGS_KEY, serialize_segment
 
         assert row.state is not None
-        span, vocabulary, group = row.state.span, self.model.vocabulary, f"span{next(self._names)}"
+        spec, vocabulary, group = row.state.spec, self.model.vocabulary, f"span{next(self._names)}"
         forbidden = list(self.model.generators["text"].forbidden_ids)
-        is_image = span.grid is not None  # an image comes when it is finished, text as it is generated
+        is_image = spec.grid is not None  # an image comes when it is finished, text as it is generated
         segment = _SubmittedSegment([], branch_prompts(row, before))
         for branch, prompt in enumerate(segment.prompts):
             params = SamplingParams(
                 temperature=0.0,
                 max_tokens=max_segment_tokens(row),
-                stop_token_ids=list(span.stops),
+                stop_token_ids=list(spec.stop_token_ids),
                 ignore_eos=True,
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY if is_image else RequestOutputKind.DELTA,
-                extra_args={EXTRA_ARGS_KEY: serialize_segment(span, vocabulary, forbidden, group, branch)},
+                extra_args={EXTRA_ARGS_KEY: serialize_segment(spec, vocabulary, forbidden, group, branch)},
             )
             name = f"{group}-{branch}"
             try:
@@ -314,10 +314,10 @@ class VllmEngine(Engine):
         return embeds_input(embeds_LD, prompt_token_ids=prompt, is_token_ids=is_token_id)
 
     def stop(self, sent: _SubmittedSegment) -> None:
-        """Abort the requests of a span.
+        """Abort the requests of a segment.
 
         Args:
-            sent: the span.
+            sent: the segment.
         """
         self.llm.abort_request(sent.names)
         for name in sent.names:
@@ -368,7 +368,9 @@ class VllmScheduler(Scheduler):
         row, engine = super().new_sequence(request), self.engine
         if not is_vllm_segment(row):
             return row
-        branches = request.guidance.branches if request.output != "text" and request.generator in VLLM_GENERATORS else 1
+        branches = (
+            request.guidance.num_branches if request.output != "text" and request.generator in VLLM_GENERATORS else 1
+        )
         if branches > engine.most:
             raise ValueError(f"guidance takes {branches} sequences, vLLM runs {engine.most}: raise max_num_seqs")
         if request.output == "interleaved":
@@ -413,8 +415,10 @@ class VllmScheduler(Scheduler):
             updated_sequences[number], segment = self._sequences[number], self._submitted_segments[number]
             segment.ids += output.outputs[0].token_ids
             apply_output(updated_sequences[number], segment.ids, self.model.vocabulary)
-        finished_sequences = {number: row for number, row in updated_sequences.items() if row.state and row.state.done}
-        # a span has read all but its last id, with which the next one begins, or which has ended it; one that was
+        finished_sequences = {
+            number: row for number, row in updated_sequences.items() if row.state and row.state.finished
+        }
+        # a segment has read all but its last id, with which the next one begins, or which has ended it; one that was
         # written here is taken back
         prefix_ids = {
             number: self._submitted_segments[number].prompts[0] + self._submitted_segments[number].ids[:-1]
@@ -430,13 +434,13 @@ class VllmScheduler(Scheduler):
 
 
 def is_vllm_segment(row: SequenceState) -> bool:
-    """Whether vLLM writes the sequence's current span."""
+    """Whether vLLM writes the sequence's current segment."""
     assert row.generator is not None
     return row.generator.name in VLLM_GENERATORS
 
 
 def branch_prompts(row: SequenceState, before: list[int]) -> list[list[int]]:
-    """The ids that each branch of a sequence's span reads before it writes.
+    """The ids that each branch of a sequence's segment reads before it writes.
 
     Args:
         row: the sequence.
@@ -451,21 +455,21 @@ def branch_prompts(row: SequenceState, before: list[int]) -> list[list[int]]:
 
 
 def max_segment_tokens(row: SequenceState) -> int:
-    """How many ids a sequence's span may have: all ids of an image but for the end of its last row."""
+    """How many ids a sequence's segment may have: all ids of an image but for the end of its last row."""
     assert row.state is not None
-    span = row.state.span
-    if span.grid is None:
-        return span.max_tokens
-    return span.grid[0] * (span.grid[1] + len(span.row_end)) - len(span.row_end)
+    spec = row.state.spec
+    if spec.grid is None:
+        return spec.max_tokens
+    return spec.grid[0] * (spec.grid[1] + len(spec.row_end_ids)) - len(spec.row_end_ids)
 
 
 def apply_output(row: SequenceState, ids: list[int], vocabulary: Vocabulary) -> None:
-    """Store the ids that vLLM has generated in the state of a sequence's span. An image comes as a whole. An id that
+    """Store the ids that vLLM has generated in the state of a sequence's spec. An image comes as a whole. An id that
     cannot be there means that the scores were not finite (`vllm_guidance.non_finite_id`).
 
     Args:
         row: the sequence.
-        ids: of the span so far.
+        ids: of the segment so far.
         vocabulary: of the model.
 
     Raises:
@@ -473,16 +477,16 @@ def apply_output(row: SequenceState, ids: list[int], vocabulary: Vocabulary) -> 
     """
     state = row.state
     assert state is not None
-    span = state.span
-    if span.grid is None:
-        has_stop_id = bool(ids) and ids[-1] in span.stops
+    spec = state.spec
+    if spec.grid is None:
+        has_stop_id = bool(ids) and ids[-1] in spec.stop_token_ids
         state.ids, state.pending_ids = ids[: len(ids) - has_stop_id], ids[-1:]
-        state.done = has_stop_id or len(ids) >= span.max_tokens
+        state.finished = has_stop_id or len(ids) >= spec.max_tokens
         state.finite = not any(vocabulary.image_start <= id < vocabulary.image_stop for id in state.ids)
         return
     if len(ids) != max_segment_tokens(row):
         raise RuntimeError(f"vLLM ended a picture after {len(ids)} of {max_segment_tokens(row)} ids")
-    width = span.grid[1]
-    state.ids = [id for index, id in enumerate(ids) if index % (width + len(span.row_end)) < width]
-    state.pending_ids, state.done = [ids[-1], *span.row_end], True
+    width = spec.grid[1]
+    state.ids = [id for index, id in enumerate(ids) if index % (width + len(spec.row_end_ids)) < width]
+    state.pending_ids, state.finished = [ids[-1], *spec.row_end_ids], True
     state.finite = all(vocabulary.image_start <= id < vocabulary.image_stop for id in state.ids)

@@ -5,9 +5,9 @@ vLLM imports both by their names:
     --logits-processors unigen.backends.vllm_guidance:GuidedSampler
     --scheduler-cls unigen.backends.vllm_guidance.GuidedScheduler
 
-A span is one request of vLLM's for each branch of guidance, all of temperature 0, with arguments in
+A segment is one request of vLLM's for each branch of guidance, all of temperature 0, with arguments in
 `extra_args["unigen"]` (`serialize_segment`). `GuidedSampler` samples by the functions of
-`unigen.generators.next_token`, from the span's own seed, and leaves one finite logit, the same for all branches.
+`unigen.generators.next_token`, from the segment's own seed, and leaves one finite logit, the same for all branches.
 `GuidedScheduler` lets branches in together, lets them wait together, and drops ids that one made without the others, so
 that chunked prompts, a full cache and requests that arrive one after the other change nothing. Requests without
 `extra_args["unigen"]` run as vLLM runs them. Does not depend on: images, templates, tokenizers, the engine.
@@ -50,15 +50,15 @@ EXTRA_ARGS_KEY = "unigen"
 
 
 def serialize_segment(
-    span: SegmentSpec, vocabulary: Vocabulary, forbidden: list[int], group: str, branch: int
+    spec: SegmentSpec, vocabulary: Vocabulary, forbidden: list[int], group: str, branch: int
 ) -> dict[str, Any]:
-    """The arguments of `GuidedSampler` for one branch of a span.
+    """The arguments of `GuidedSampler` for one branch of a segment.
 
     Args:
-        span: the span.
+        spec: the segment.
         vocabulary: of the model.
         forbidden: ids that no text holds.
-        group: a name that the branches of one span share.
+        group: a name that the branches of one segment share.
         branch: the branch's number.
 
     Returns:
@@ -67,15 +67,15 @@ def serialize_segment(
     return {
         "group": group,
         "branch": branch,
-        "scales": list(span.guidance.scales) if span.guidance.branches > 1 else [1.0],
-        "sampling": asdict(span.sampling),
-        "seed": span.rng.initial_seed(),
+        "scales": list(spec.guidance.scales) if spec.guidance.num_branches > 1 else [1.0],
+        "sampling": asdict(spec.sampling),
+        "seed": spec.rng.initial_seed(),
         "vocabulary": [vocabulary.text_size, vocabulary.image_start, vocabulary.image_size],
-        "grid": None if span.grid is None else list(span.grid),
-        "row_end": list(span.row_end),
-        "stops": list(span.stops),
-        "before": sorted(span.before),
-        "forbidden": forbidden if span.grid is None else [],
+        "grid": None if spec.grid is None else list(spec.grid),
+        "row_end_ids": list(spec.row_end_ids),
+        "stop_token_ids": list(spec.stop_token_ids),
+        "context_ids": sorted(spec.context_ids),
+        "forbidden": forbidden if spec.grid is None else [],
     }
 
 
@@ -108,11 +108,11 @@ class LogitsModel:
 
 
 class Branch:
-    """One row of the batch: a branch of a span.
+    """One row of the batch: a branch of a segment.
 
     Args:
         said: what `serialize_segment` returned.
-        ids: of the span so far; vLLM appends to this list.
+        ids: of the segment so far; vLLM appends to this list.
 
     Raises:
         ValueError: for bad arguments; LookupError, TypeError and AttributeError are raised, too.
@@ -122,50 +122,50 @@ class Branch:
         self.ids = ids
         self.group, self.branch = str(said["group"]), int(said["branch"])
         guidance = Guidance(tuple(said["scales"]))
-        self.branches = guidance.branches
+        self.branches = guidance.num_branches
         if not guidance.scales or not 0 <= self.branch < self.branches:
             raise ValueError(f"branch {self.branch} of {self.branches}, scales {guidance.scales}")
         text_size, first, image_size = (int(n) for n in said["vocabulary"])
         self.vocabulary = Vocabulary(text_size, image_size, first)
         self.forbidden_ids = [int(id) for id in said["forbidden"]]
         grid = said["grid"]
-        self.span = SegmentSpec(
-            begin=0,
+        self.spec = SegmentSpec(
+            begin_id=0,
             sampling=SamplingOptions(**said["sampling"]),
             guidance=guidance,
             rng=torch.Generator(),
             grid=None if grid is None else (int(grid[0]), int(grid[1])),
-            row_end=tuple(said["row_end"]),
-            stops=tuple(said["stops"]),
-            before=frozenset(said.get("before", ())),
+            row_end_ids=tuple(said["row_end_ids"]),
+            stop_token_ids=tuple(said["stop_token_ids"]),
+            context_ids=frozenset(said.get("context_ids", ())),
         )
         self.seed = int(said["seed"])
-        self.span.rng.manual_seed(self.seed)
+        self.spec.rng.manual_seed(self.seed)
         self._drawn = 0
 
     def forced_id(self) -> int | None:
         """The next id where it is not sampled: what stands between the rows of an image. None where it is sampled."""
-        if self.span.grid is None:
+        if self.spec.grid is None:
             return None
-        width = self.span.grid[1]
-        column = len(self.ids) % (width + len(self.span.row_end))
-        return None if column < width else self.span.row_end[column - width]
+        width = self.spec.grid[1]
+        column = len(self.ids) % (width + len(self.spec.row_end_ids))
+        return None if column < width else self.spec.row_end_ids[column - width]
 
     def state(self) -> GenerationState:
-        """The span with its randomness at the next id, however often that was sampled before."""
+        """The segment with its randomness at the next id, however often that was sampled before."""
         draws = len(self.ids)
-        if self.span.grid is not None:
-            width = self.span.grid[1]
-            row, column = divmod(draws, width + len(self.span.row_end))
+        if self.spec.grid is not None:
+            width = self.spec.grid[1]
+            row, column = divmod(draws, width + len(self.spec.row_end_ids))
             draws = row * width + column
         if draws < self._drawn:
-            self.span.rng.manual_seed(self.seed)
+            self.spec.rng.manual_seed(self.seed)
             self._drawn = 0
-        scores_1V = torch.zeros(1, self.vocabulary.text_size if self.span.grid is None else self.vocabulary.image_size)
+        scores_1V = torch.zeros(1, self.vocabulary.text_size if self.spec.grid is None else self.vocabulary.image_size)
         for _ in range(self._drawn, draws):
-            sample(scores_1V, self.span.sampling, [self.span.rng])
+            sample(scores_1V, self.spec.sampling, [self.spec.rng])
         self._drawn = draws + 1
-        return GenerationState(self.span, pending_ids=[], ids=list(self.ids))
+        return GenerationState(self.spec, pending_ids=[], ids=list(self.ids))
 
 
 class GuidedSampler(LogitsProcessor):
@@ -183,7 +183,7 @@ class GuidedSampler(LogitsProcessor):
             params: vLLM's `SamplingParams`.
 
         Raises:
-            ValueError: in one line, for a span that cannot be sampled.
+            ValueError: in one line, for a segment that cannot be sampled.
         """
         payload = (params.extra_args or {}).get(EXTRA_ARGS_KEY)
         if payload is None:
@@ -238,7 +238,7 @@ class GuidedSampler(LogitsProcessor):
             if (id := first.forced_id()) is not None:
                 force_id(logits_RV, rows, id)
                 continue
-            kind = (first.vocabulary, first.span.grid is None, tuple(first.forbidden_ids))
+            kind = (first.vocabulary, first.spec.grid is None, tuple(first.forbidden_ids))
             groups_by_kind.setdefault(kind, []).append(rows)
         for (vocabulary, is_text, forbidden), row_groups in groups_by_kind.items():
             generator = Text(list(forbidden)) if is_text else NextToken((0, 0))
@@ -256,7 +256,7 @@ def non_finite_id(vocabulary: Vocabulary, is_text: bool) -> int:
 
     Args:
         vocabulary: of the model.
-        is_text: whether the span is a text.
+        is_text: whether the segment is a text.
 
     Returns:
         A code in a text; in an image an id that is no code.
@@ -277,9 +277,11 @@ def force_id(logits_RV: Tensor, rows: list[int], id: int) -> None:
 
 
 class GuidedScheduler(Scheduler):
-    """vLLM's scheduler, with the branches of a span in step: they are let in, preempted and ended together. An id that
-    some branches made without the others, or that is not the same for all, is dropped and made again. vLLM passes its
-    own arguments."""
+    """vLLM's scheduler, with the branches of a segment in step: they are let in, preempted and ended together.
+
+    An id that some branches generated without the others, or that is not the same for all, is dropped and generated
+    again. vLLM passes its own arguments.
+    """
 
     def __init__(self, *args: object, **options: object) -> None:
         super().__init__(*args, **options)
@@ -287,20 +289,20 @@ class GuidedScheduler(Scheduler):
         if self.scheduler_config.async_scheduling or self.vllm_config.speculative_config or self.connector is not None:
             raise ValueError("guided spans need vLLM without async scheduling, speculation and KV connectors")
         self.groups: dict[str, dict[int, str]] = {}
-        """By span of several branches: the request of each branch."""
+        """By segment of several branches: the request of each branch."""
         self.group_by_request: dict[str, str] = {}
         self.group_size: dict[str, int] = {}
         self.num_dropped_ids = self.num_sibling_preemptions = 0
 
     def add_request(self, request: Request) -> None:
-        """Queue a request, and note its span where that has several branches.
+        """Queue a request, and note its segment where that has several branches.
 
         Args:
             request: a request of vLLM's.
         """
         payload = ((request.sampling_params.extra_args or {}) if request.sampling_params else {}).get(EXTRA_ARGS_KEY)
         if payload is not None and request.request_id not in self.requests and len(payload["scales"]) > 0:
-            branches = Guidance(tuple(payload["scales"])).branches
+            branches = Guidance(tuple(payload["scales"])).num_branches
             if branches > 1:
                 self.groups.setdefault(payload["group"], {})[int(payload["branch"])] = request.request_id
                 self.group_by_request[request.request_id] = payload["group"]
@@ -308,7 +310,7 @@ class GuidedScheduler(Scheduler):
         super().add_request(request)
 
     def _sibling_ids(self, request_id: str) -> list[str]:
-        """The requests of the other branches of its span."""
+        """The requests of the other branches of its segment."""
         group = self.groups.get(self.group_by_request.get(request_id, ""), {})
         return [sibling_id for sibling_id in group.values() if sibling_id != request_id]
 
@@ -355,7 +357,7 @@ class GuidedScheduler(Scheduler):
         return preempted_ids
 
     def _admissible_requests(self, waiting: list[Request], held: set[str]) -> list[Request]:
-        """The requests that may begin now: first come, first served, and all branches of a span or none."""
+        """The requests that may begin now: first come, first served, and all branches of a segment or none."""
         by_id = {request.request_id: request for request in waiting}
         room = self.max_num_running_reqs - len(self.running)
         admitted: dict[str, Request] = {}
@@ -386,7 +388,7 @@ class GuidedScheduler(Scheduler):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
-        """Drop the ids that the branches of a span do not share, then update the requests as vLLM does.
+        """Drop the ids that the branches of a segment do not share, then update the requests as vLLM does.
 
         Args:
             scheduler_output: vLLM's `SchedulerOutput`.
@@ -415,7 +417,7 @@ class GuidedScheduler(Scheduler):
         return result
 
     def finish_requests(self, request_ids: str | Iterable[str] | None, *args: object, **options: object) -> object:
-        """End requests, and with each the other branches of its span.
+        """End requests, and with each the other branches of its segment.
 
         Args:
             request_ids: one id, several, or None for all.

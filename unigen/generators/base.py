@@ -28,7 +28,7 @@ from unigen.samplers.logits import SamplingOptions
 class SegmentSpec:
     """One segment to be written."""
 
-    begin: int
+    begin_id: int
     """The id that opens it, read first by every branch."""
     sampling: SamplingOptions
     """How ids are sampled from logits."""
@@ -38,21 +38,21 @@ class SegmentSpec:
     """The segment's own random generator."""
     grid: tuple[int, int] | None = None
     """Rows and columns of the codes of an image; None for text."""
-    opening: tuple[int, ...] | None = None
-    """All ids that are read first, where they are not `begin` alone."""
-    row_end: tuple[int, ...] = ()
+    prefix_ids: tuple[int, ...] | None = None
+    """All ids that are read first, where they are not `begin_id` alone."""
+    row_end_ids: tuple[int, ...] = ()
     """Ids that stand after each row of an image, whatever is sampled."""
-    stops: tuple[int, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
     """Ids that end a text: an end of turn, or the begin of an image."""
     max_tokens: int = 256
     """Ids of a text, at most."""
     options: OptionSet = field(default_factory=OptionSet)
     """The groups of options that the generator takes."""
-    fixed: Tensor | None = None
+    fixed_ids: Tensor | None = None
     """Ids (h, w) of given codes, which stay; -1 where the generator writes. None: it writes all."""
     text_ids: list[int] | None = None
     """Ids in the segment's own positions of text, where it has some; None where the generator writes those too."""
-    before: frozenset[int] = frozenset()
+    context_ids: frozenset[int] = frozenset()
     """Ids of the context of a text. A repetition penalty counts them with the text's own."""
     record_logprobs: bool = False
     """Whether to record log-probabilities of the sampled ids (`GenerationState.logprobs`)."""
@@ -60,16 +60,16 @@ class SegmentSpec:
     """Whether to record each x_t of a flow (`GenerationState.recorded_trajectory`)."""
 
     @property
-    def head(self) -> list[int]:
+    def prompt_ids(self) -> list[int]:
         """The ids that every branch reads first."""
-        return [self.begin] if self.opening is None else list(self.opening)
+        return [self.begin_id] if self.prefix_ids is None else list(self.prefix_ids)
 
 
 @dataclass
 class GenerationState:
     """The state of a segment that is being written."""
 
-    span: SegmentSpec
+    spec: SegmentSpec
     """The segment."""
     pending_ids: list[int]
     """Ids that every branch reads in the next step."""
@@ -77,13 +77,13 @@ class GenerationState:
     """Ids written so far."""
     text_ids: list[int] = field(default_factory=list)
     """Ids of the text that a finished segment opens with."""
-    done: bool = False
+    finished: bool = False
     """Whether the segment is finished."""
     finite: bool = True
     """False where logits are not finite: the segment must be given up, and its other fields mean nothing."""
     progress: tuple[int, int] = (0, 1)
     """Steps of an image taken so far, and steps in all, for generators that have previews: `Generator.decode` then
-    takes a state that is not done."""
+    takes a state that is not finished."""
     logprobs: list[float] = field(default_factory=list)
     """Log-probabilities, in nats, of `drawn_ids` of a finished segment, where the segment records them."""
 
@@ -113,9 +113,9 @@ class GenerationState:
         order, or codes of the generator's own tokenizer."""
         if self.native_codes is not None:
             return [int(code) for code in self.native_codes.tolist()]
-        if self.span.grid is not None:
+        if self.spec.grid is not None:
             return [*self.text_ids, *self.ids]
-        return [*self.ids, *(id for id in self.pending_ids if id in self.span.stops)]
+        return [*self.ids, *(id for id in self.pending_ids if id in self.spec.stop_token_ids)]
 
 
 @dataclass
@@ -267,11 +267,11 @@ class Generator(Protocol):
         """
         ...
 
-    def start(self, span: SegmentSpec) -> GenerationState:
+    def start(self, spec: SegmentSpec) -> GenerationState:
         """The initial state of a segment.
 
         Args:
-            span: the segment to be written.
+            spec: the segment to be written.
         """
         ...
 

@@ -187,14 +187,14 @@ class Flow(LatentFlowHead):
 
     # ---------------------------------------------------------------- sampling
 
-    def start(self, span: SegmentSpec) -> GenerationState:
+    def start(self, spec: SegmentSpec) -> GenerationState:
         """See `Generator.start`."""
-        return FlowState(span, [], trajectory=self.new_trajectory(span))
+        return FlowState(spec, [], trajectory=self.new_trajectory(spec))
 
     def prepare_step(self, state: GenerationState) -> StepInput:
         """See `Generator.prepare_step`."""
         assert isinstance(state, FlowState)
-        return StepInput([state.span.begin] if state.context is None else [])
+        return StepInput([state.spec.begin_id] if state.context is None else [])
 
     def step(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
         """See `Generator.step`: one evaluation of the velocity, the first one after the begin token."""

@@ -69,7 +69,7 @@ def step(model: GeneratorModel, state: SpeculativeState, hidden: list[Tensor]) -
     Returns:
         The number of positions of the step that stay in the cache.
     """
-    span, vocabulary = state.span, model.vocabulary
+    spec, vocabulary = state.spec, model.vocabulary
     state.offset = vocabulary.image_start
     draft_ids = _draft_ids(state)
     prefix_lengths = [len(state.pending_ids)]  # how many ids stand before each place
@@ -81,8 +81,8 @@ def step(model: GeneratorModel, state: SpeculativeState, hidden: list[Tensor]) -
     parts = [
         model.logits(states_LD[from_end], vocabulary.image_start, vocabulary.image_stop).float() for states_LD in hidden
     ]
-    guided_WK = span.guidance.combine(parts)
-    target_probs_WK = probabilities(guided_WK, span.sampling).cpu()
+    guided_WK = spec.guidance.combine(parts)
+    target_probs_WK = probabilities(guided_WK, spec.sampling).cpu()
     if target_probs_WK[:, 0].isnan().any():  # then all of the row's are
         state.finite = False
         return prefix_lengths[0]
@@ -93,8 +93,8 @@ def step(model: GeneratorModel, state: SpeculativeState, hidden: list[Tensor]) -
         num_accepted, code, drafts = _verify_drafts(state, target_probs_WK)
         proposals = list(target_probs_WK[num_accepted + 1 : num_accepted + 1 + len(drafts)])
     codes = [*state.drafts[:num_accepted], code]
-    if span.record_logprobs:
-        state.logprobs += log_probabilities(guided_WK[: len(codes)], span.sampling, torch.tensor(codes)).tolist()
+    if spec.record_logprobs:
+        state.logprobs += log_probabilities(guided_WK[: len(codes)], spec.sampling, torch.tensor(codes)).tolist()
     _append_codes(state, codes)
     state.drafts, state.proposals = drafts, proposals
     _extend_drafts(state)
@@ -103,7 +103,7 @@ def step(model: GeneratorModel, state: SpeculativeState, hidden: list[Tensor]) -
 
 def _verify_drafts(state: SpeculativeState, target_probs_WK: Tensor) -> tuple[int, int, list[int]]:
     """The number of accepted drafts, the code after them, and new drafts for the places after that code."""
-    rng = state.span.rng
+    rng = state.spec.rng
     for j, (code, proposal_K) in enumerate(zip(state.drafts, state.proposals, strict=True)):
         if proposal_K is None:
             proposal_K = torch.zeros_like(target_probs_WK[j])
@@ -124,7 +124,7 @@ def _verify_drafts(state: SpeculativeState, target_probs_WK: Tensor) -> tuple[in
 def _verify_by_race(state: SpeculativeState, target_probs_WK: Tensor) -> tuple[int, int, list[int]]:
     """The same, by races whose exponential variables stay with their places."""
     for target_probs_K in target_probs_WK[len(state.exponentials) :]:
-        state.exponentials.append(torch.empty(len(target_probs_K)).exponential_(generator=state.span.rng))
+        state.exponentials.append(torch.empty(len(target_probs_K)).exponential_(generator=state.spec.rng))
     codes = exponential_race_sample(target_probs_WK, torch.stack(state.exponentials[: len(target_probs_WK)])).tolist()
     num_accepted = next((j for j, code in enumerate(state.drafts) if codes[j] != code), len(state.drafts))
     del state.exponentials[: num_accepted + 1]
@@ -137,18 +137,18 @@ def _sample_weights(weights_K: Tensor, rng: torch.Generator) -> int:
 
 def _append_codes(state: SpeculativeState, codes: list[int]) -> None:
     """Append final codes to the image."""
-    assert state.span.grid is not None
-    height, width = state.span.grid
+    assert state.spec.grid is not None
+    height, width = state.spec.grid
     state.ids += [state.offset + code for code in codes]
     row_complete = len(state.ids) % width == 0
-    state.pending_ids = [state.ids[-1], *(state.span.row_end if row_complete else ())]
-    state.done = len(state.ids) == height * width
+    state.pending_ids = [state.ids[-1], *(state.spec.row_end_ids if row_complete else ())]
+    state.finished = len(state.ids) == height * width
 
 
 def _extend_drafts(state: SpeculativeState) -> None:
     """Fill the window, at most up to the last place but one, with the codes above (in the first row, those before)."""
-    assert state.span.grid is not None
-    height, width = state.span.grid
+    assert state.spec.grid is not None
+    height, width = state.spec.grid
     num_drafts = min(WINDOW_SIZE, height * width - len(state.ids) - 1)
     del state.drafts[max(0, num_drafts) :], state.proposals[max(0, num_drafts) :]
     while len(state.drafts) < num_drafts:
@@ -159,9 +159,9 @@ def _extend_drafts(state: SpeculativeState) -> None:
 
 def _draft_ids(state: SpeculativeState) -> list[list[int]]:
     """The ids of each draft, with those after it at the end of a row."""
-    assert state.span.grid is not None
-    width = state.span.grid[1]
+    assert state.spec.grid is not None
+    width = state.spec.grid[1]
     return [
-        [state.offset + code, *(state.span.row_end if (len(state.ids) + j) % width == 0 else ())]
+        [state.offset + code, *(state.spec.row_end_ids if (len(state.ids) + j) % width == 0 else ())]
         for j, code in enumerate(state.drafts, start=1)
     ]

@@ -63,10 +63,10 @@ class DenoisingState(GenerationState):
         Args:
             velocities: (1, Z, h, w) of each branch of guidance, strongest condition first.
         """
-        if self.span.record_trajectory and self.trajectory.t is not None:
+        if self.spec.record_trajectory and self.trajectory.t is not None:
             self.x_t_history.append((self.trajectory.x_t, self.trajectory.t))
         self.trajectory.step(velocities)
-        self.progress, self.done = self.trajectory.progress, self.trajectory.t is None
+        self.progress, self.finished = self.trajectory.progress, self.trajectory.t is None
 
 
 class LatentFlowHead(GeneratorHead):

@@ -183,19 +183,19 @@ class Masked:
 
     # ---------------------------------------------------------------- sampling
 
-    def start(self, span: SegmentSpec) -> GenerationState:
+    def start(self, spec: SegmentSpec) -> GenerationState:
         """See `Generator.start`."""
         codes = self.grid[0] * self.grid[1]
         text_T = (
             torch.full((self.text_length,), -1)
-            if span.text_ids is None
-            else torch.tensor(span.text_ids, dtype=torch.int64)
+            if spec.text_ids is None
+            else torch.tensor(spec.text_ids, dtype=torch.int64)
         )
-        codes_P = torch.full((codes,), -1) if span.fixed is None else span.fixed.flatten().cpu()
+        codes_P = torch.full((codes,), -1) if spec.fixed_ids is None else spec.fixed_ids.flatten().cpu()
         ids_P = torch.cat([text_T, codes_P])
         num_masked_at_start = [int((ids_P[part] < 0).sum()) for part in self.part_slices()]
         return MaskedState(
-            span,
+            spec,
             [],
             ids_P=ids_P,
             predicted_P=ids_P.clone(),
@@ -210,7 +210,7 @@ class Masked:
         input_P = torch.where(state.ids_P < 0, self.mask_id, state.ids_P)
         uncond_P = input_P.clone()
         uncond_P[: self.text_length] = self.mask_id
-        ids, uncond_ids = ([state.span.begin, *branch_ids.tolist()] for branch_ids in (input_P, uncond_P))
+        ids, uncond_ids = ([state.spec.begin_id, *branch_ids.tolist()] for branch_ids in (input_P, uncond_P))
         return StepInput(ids, attend_until=[0] + [length] * length, uncond_ids=uncond_ids if self.text_length else None)
 
     def num_masked(self, state: MaskedState, number: int, steps: int) -> int:
@@ -248,17 +248,17 @@ class Masked:
             flat = torch.stack([branch[1:][part] for branches in branch_hidden for branch in branches])
             logits = model.logits(flat.flatten(0, 1), table.start, table.stop).unflatten(0, flat.shape[:2])
             for i, split in zip(unfinished, logits.split([len(branches) for branches in branch_hidden]), strict=True):
-                guided_NV = states[i].span.guidance.combine(list(split)) if codes else self.mask_forbidden(split[0])
+                guided_NV = states[i].spec.guidance.combine(list(split)) if codes else self.mask_forbidden(split[0])
                 self._unmask(states[i], number, guided_NV, table.start)  # type: ignore[arg-type]
         for state in states:
             assert isinstance(state, MaskedState)
             state.step_index += 1
-            state.done = not bool((state.ids_P < 0).any())
-            steps = state.span.options[MaskedOptions].steps
+            state.finished = not bool((state.ids_P < 0).any())
+            steps = state.spec.options[MaskedOptions].steps
             state.progress = state.step_index, min(steps, max(*state.num_masked_at_start, 1))
             state.text_ids = state.predicted_P[: self.text_length].tolist()
             state.ids = state.predicted_P[self.text_length :].tolist()
-            if state.span.record_logprobs:
+            if state.spec.record_logprobs:
                 state.logprobs = state.logprobs_P.tolist()
         return [0] * len(states)
 
@@ -268,15 +268,15 @@ class Masked:
 
     def _unmask(self, state: MaskedState, number: int, logits_NV: Tensor, first: int) -> None:
         """Sample all masked ids of a part; keep the most confident ones."""
-        span, steps, part = state.span, state.span.options[MaskedOptions].steps, self.part_slices()[number]
+        spec, steps, part = state.spec, state.spec.options[MaskedOptions].steps, self.part_slices()[number]
         ids_N = state.ids_P[part]
-        if span.sampling.temperature == 0:
+        if spec.sampling.temperature == 0:
             weights_NV, noise = logits_NV.float().softmax(-1), 0.0
             sampled_N = argmax_ids(logits_NV).cpu()
         else:
-            weights_NV = warp(logits_NV, span.sampling).softmax(-1)
+            weights_NV = warp(logits_NV, spec.sampling).softmax(-1)
             sampled_N = exponential_race_sample(
-                weights_NV, torch.empty(logits_NV.shape).exponential_(generator=span.rng)
+                weights_NV, torch.empty(logits_NV.shape).exponential_(generator=spec.rng)
             ).cpu()
             codes = number == len(self.part_slices()) - 1  # text has no noise, as in LLaDA
             noise = self.choice_temperature_at(state.step_index, steps) if codes else 0.0
@@ -284,7 +284,7 @@ class Masked:
             state.finite = False
             return
         # confidence = log p(sampled id) + noise * Gumbel
-        gumbel_N = self.sample_gumbel(len(sampled_N), span.rng)
+        gumbel_N = self.sample_gumbel(len(sampled_N), spec.rng)
         logprobs_N = weights_NV.cpu().gather(-1, sampled_N[:, None])[:, 0].log()
         confidence_N = logprobs_N + noise * gumbel_N
         masked_N = ids_N < 0
@@ -293,7 +293,7 @@ class Masked:
         state.predicted_P[part] = ids_N
         ids_N[remasked] = -1
         state.ids_P[part] = ids_N
-        if span.record_logprobs:
+        if spec.record_logprobs:
             state.logprobs_P[part] = torch.where(masked_N, logprobs_N, state.logprobs_P[part])
 
     def decode(self, model: GeneratorModel, states: list[GenerationState]) -> Tensor:

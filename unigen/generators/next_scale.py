@@ -219,15 +219,15 @@ class NextScale(GeneratorHead):
 
     # ---------------------------------------------------------------- sampling
 
-    def start(self, span: SegmentSpec) -> GenerationState:
+    def start(self, spec: SegmentSpec) -> GenerationState:
         """See `Generator.start`."""
-        return ScaleState(span, [], f_hat_1Chw=self.tokenizer.quantizer.initial_f_hat(1))
+        return ScaleState(spec, [], f_hat_1Chw=self.tokenizer.quantizer.initial_f_hat(1))
 
     def prepare_step(self, state: GenerationState) -> StepInput:
         """See `Generator.prepare_step`."""
         assert isinstance(state, ScaleState)
         if state.input_LD is None:
-            return StepInput(state.span.head)
+            return StepInput(state.spec.prompt_ids)
         length = len(state.input_LD)
         return StepInput([0] * length, embeds=state.input_LD, attend_until=[length - 1] * length)
 
@@ -237,7 +237,7 @@ class NextScale(GeneratorHead):
         for i, state in enumerate(states):
             assert isinstance(state, ScaleState)
             groups.setdefault(len(state.codes), []).append(i)
-        num_read = [len(s.span.head if s.input_LD is None else s.input_LD) for s in states]  # type: ignore[attr-defined]
+        num_read = [len(s.spec.prompt_ids if s.input_LD is None else s.input_LD) for s in states]  # type: ignore[attr-defined]
         for k, members in groups.items():
             flat = torch.stack([branch for i in members for branch in hidden[i]])
             split = self.head(flat.to(self.head.weight.dtype)).float().split([len(hidden[i]) for i in members])
@@ -247,11 +247,11 @@ class NextScale(GeneratorHead):
     def _sample_scale(self, states: list[ScaleState], logits: Sequence[Tensor], k: int) -> None:
         """Sample scale k of each image from the logits of its branches, and prepare the input of the next scale."""
         for state, split in zip(states, logits, strict=True):
-            guided_NV = state.span.guidance.combine(list(split), self.guidance_weight(k))
-            codes_N = sample_shared_rng(guided_NV, state.span.sampling, state.span.rng)
+            guided_NV = state.spec.guidance.combine(list(split), self.guidance_weight(k))
+            codes_N = sample_shared_rng(guided_NV, state.spec.sampling, state.spec.rng)
             state.codes.append(codes_N)
-            if state.span.record_logprobs:
-                state.logprobs += log_probabilities(guided_NV, state.span.sampling, codes_N.clamp(min=0)).tolist()
+            if state.spec.record_logprobs:
+                state.logprobs += log_probabilities(guided_NV, state.spec.sampling, codes_N.clamp(min=0)).tolist()
         quantizer, codes_MN = self.tokenizer.quantizer, torch.stack([state.codes[k] for state in states])
         for state, min_code in zip(states, codes_MN.amin(-1).tolist(), strict=True):
             state.finite = min_code >= 0
@@ -263,7 +263,7 @@ class NextScale(GeneratorHead):
             maps_MNC = quantizer.downsample(f_hat_MChw, k + 1).flatten(2).transpose(1, 2)
             next_input_MND = self.embed_maps(maps_MNC, sum(self.lengths[: k + 1]))
         for i, state in enumerate(states):
-            state.f_hat_1Chw, state.done, state.progress = (
+            state.f_hat_1Chw, state.finished, state.progress = (
                 f_hat_MChw[i : i + 1],
                 last_position,
                 (k + 1, len(self.lengths)),

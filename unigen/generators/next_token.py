@@ -45,7 +45,7 @@ def decode_ids(model: GeneratorModel, states: list[GenerationState]) -> Tensor:
     Returns:
         Codes (N, h, w).
     """
-    grid = states[0].span.grid
+    grid = states[0].spec.grid
     assert grid is not None
     return model.vocabulary.image_codes(torch.tensor([state.ids for state in states])).unflatten(1, grid)
 
@@ -141,9 +141,9 @@ class Text(CausalGenerator):
         """See `CausalGenerator.target_mask`."""
         return batch.loss_BL & ~batch.image_mask()
 
-    def start(self, span: SegmentSpec) -> GenerationState:
+    def start(self, spec: SegmentSpec) -> GenerationState:
         """See `Generator.start`."""
-        return GenerationState(span, pending_ids=[span.begin])
+        return GenerationState(spec, pending_ids=[spec.begin_id])
 
     def step(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
         """See `Generator.step`."""
@@ -152,19 +152,19 @@ class Text(CausalGenerator):
         logits_BV = model.logits(last_hidden_BD, 0, vocabulary.text_size)
         logits_BV[:, vocabulary.image_start : vocabulary.image_stop] = -torch.inf  # codes among the ids of text
         for row, state in enumerate(states):
-            forbidden = [i for i in self.forbidden_ids if i not in state.span.stops]
+            forbidden = [i for i in self.forbidden_ids if i not in state.spec.stop_token_ids]
             logits_BV[row, forbidden] = -torch.inf
-            if (penalty := state.span.sampling.repetition_penalty) != 1:
-                apply_repetition_penalty(logits_BV[row], {*state.span.before, *state.ids}, penalty)
+            if (penalty := state.spec.sampling.repetition_penalty) != 1:
+                apply_repetition_penalty(logits_BV[row], {*state.spec.context_ids, *state.ids}, penalty)
         for rows, ids in sample_grouped(logits_BV, states):
             for row, id in zip(rows, ids, strict=True):
                 state = states[row]
                 state.pending_ids = [id]
-                if id in state.span.stops:
-                    state.done = True
+                if id in state.spec.stop_token_ids:
+                    state.finished = True
                 else:
                     state.ids.append(id)
-                    state.done = len(state.ids) >= state.span.max_tokens
+                    state.finished = len(state.ids) >= state.spec.max_tokens
         return [len(branches[0]) for branches in hidden]
 
 
@@ -207,14 +207,14 @@ class NextToken(CausalGenerator):
             else super().vocab_slice(vocabulary)
         )
 
-    def start(self, span: SegmentSpec) -> GenerationState:
+    def start(self, spec: SegmentSpec) -> GenerationState:
         """See `Generator.start`."""
-        assert span.grid is not None
-        method = span.options[Acceleration].accelerate
+        assert spec.grid is not None
+        method = spec.options[Acceleration].accelerate
         return (
-            GenerationState(span, span.head)
+            GenerationState(spec, spec.prompt_ids)
             if method is None
-            else jacobi.SpeculativeState(span, span.head, method=method)
+            else jacobi.SpeculativeState(spec, spec.prompt_ids, method=method)
         )
 
     def prepare_step(self, state: GenerationState) -> StepInput:
@@ -236,16 +236,16 @@ class NextToken(CausalGenerator):
         offset = model.vocabulary.image_start
         flat = torch.stack([branch[-1] for branches in hidden for branch in branches])
         logits_NV = model.logits(flat, offset, model.vocabulary.image_stop).float()
-        guided_BV = combine_grouped(logits_NV, [state.span.guidance for state in states])
+        guided_BV = combine_grouped(logits_NV, [state.spec.guidance for state in states])
         for rows, ids in sample_grouped(guided_BV, states):
             for row, code in zip(rows, ids, strict=True):
                 state = states[row]
-                assert state.span.grid is not None
-                height, width = state.span.grid
+                assert state.spec.grid is not None
+                height, width = state.spec.grid
                 state.ids.append(offset + code)
                 row_complete = len(state.ids) % width == 0
-                state.pending_ids = [offset + code, *(state.span.row_end if row_complete else ())]
-                state.done = len(state.ids) == height * width
+                state.pending_ids = [offset + code, *(state.spec.row_end_ids if row_complete else ())]
+                state.finished = len(state.ids) == height * width
         return num_read
 
 
@@ -258,7 +258,7 @@ def combine_grouped(logits_NV: Tensor, guidances: list[Guidance]) -> Tensor:
     """
     if len(set(guidances)) == 1:
         return guidances[0].combine(logits_NV.unflatten(0, (len(guidances), -1)).unbind(1))
-    split = logits_NV.split([guidance.branches for guidance in guidances])
+    split = logits_NV.split([guidance.num_branches for guidance in guidances])
     return torch.stack([guidance.combine(part) for guidance, part in zip(guidances, split, strict=True)])
 
 
@@ -275,15 +275,15 @@ def sample_grouped(logits_BV: Tensor, states: list[GenerationState]) -> list[tup
     """
     groups: dict[SamplingOptions, list[int]] = {}
     for row, state in enumerate(states):
-        groups.setdefault(state.span.sampling, []).append(row)
+        groups.setdefault(state.spec.sampling, []).append(row)
     result = []
     for sampling, rows in groups.items():
         some_BV = logits_BV if len(groups) == 1 else logits_BV[rows]
-        ids_B = sample(some_BV, sampling, [states[row].span.rng for row in rows])
+        ids_B = sample(some_BV, sampling, [states[row].spec.rng for row in rows])
         ids = ids_B.tolist()
         for row, id in zip(rows, ids, strict=True):
             states[row].finite &= id >= 0
-        if any(states[row].span.record_logprobs for row in rows):
+        if any(states[row].spec.record_logprobs for row in rows):
             logprobs = log_probabilities(some_BV, sampling, ids_B.clamp(min=0)).tolist()
             for row, logprob in zip(rows, logprobs, strict=True):
                 states[row].logprobs.append(logprob)

@@ -42,7 +42,7 @@ class OrderState(GenerationState):
 
     order_P: Tensor = field(kw_only=True)
     """Positions in the order of writing, those of given codes first."""
-    written: list[int] = field(kw_only=True)
+    ordered_ids: list[int] = field(kw_only=True)
     """Ids so far, in that order."""
     input_LD: Tensor | None = None
     """Input embeddings of the next step; None before the first id."""
@@ -50,7 +50,7 @@ class OrderState(GenerationState):
     @property
     def num_written(self) -> int:
         """See `GenerationState.num_written`."""
-        return len(self.written)
+        return len(self.ordered_ids)
 
 
 class RandomOrder(GeneratorHead):
@@ -132,19 +132,19 @@ class RandomOrder(GeneratorHead):
 
     # ---------------------------------------------------------------- sampling
 
-    def start(self, span: SegmentSpec) -> GenerationState:
+    def start(self, spec: SegmentSpec) -> GenerationState:
         """See `Generator.start`."""
-        fixed_P = torch.full((self.num_positions(),), -1) if span.fixed is None else span.fixed.flatten().cpu()
-        chance_P = torch.rand(self.num_positions(), generator=span.rng)
+        fixed_P = torch.full((self.num_positions(),), -1) if spec.fixed_ids is None else spec.fixed_ids.flatten().cpu()
+        chance_P = torch.rand(self.num_positions(), generator=spec.rng)
         order_P = (chance_P + (fixed_P < 0)).argsort()  # given codes come first
         written = [int(id) for id in fixed_P[order_P] if id >= 0]
-        return OrderState(span, [], order_P=order_P, written=written)
+        return OrderState(spec, [], order_P=order_P, ordered_ids=written)
 
     def prepare_step(self, state: GenerationState) -> StepInput:
         """See `Generator.prepare_step`."""
         assert isinstance(state, OrderState)
         if state.input_LD is None:
-            return StepInput([state.span.begin])
+            return StepInput([state.spec.begin_id])
         return StepInput([0] * len(state.input_LD), embeds=state.input_LD)
 
     def step(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
@@ -154,17 +154,17 @@ class RandomOrder(GeneratorHead):
         if active := [state for state in orders if state.input_LD is not None]:
             self._sample_codes(model, active, [last_hidden[id(state)] for state in active])
         for state in orders:
-            count, num_cached = len(state.written), 0 if state.input_LD is None else len(state.written)
-            state.done = count == self.num_positions()
-            if state.done:
+            count, num_cached = len(state.ordered_ids), 0 if state.input_LD is None else len(state.ordered_ids)
+            state.finished = count == self.num_positions()
+            if state.finished:
                 raster_P = state.order_P.argsort()
-                state.ids = torch.tensor(state.written)[raster_P].tolist()
-                if state.span.record_logprobs:
+                state.ids = torch.tensor(state.ordered_ids)[raster_P].tolist()
+                if state.spec.record_logprobs:
                     fixed_logprobs = [0.0] * (count - len(state.logprobs))  # given codes come first
                     state.logprobs = torch.tensor([*fixed_logprobs, *state.logprobs])[raster_P].tolist()
             else:
                 device = self.position_embedding.weight.device
-                ids_1P = torch.tensor([state.written], dtype=torch.int64, device=device)
+                ids_1P = torch.tensor([state.ordered_ids], dtype=torch.int64, device=device)
                 state.input_LD = self.embed_ordered(model, ids_1P, state.order_P[None, : count + 1].to(device))[
                     0, num_cached:
                 ]
@@ -175,10 +175,10 @@ class RandomOrder(GeneratorHead):
         logits = model.logits(
             torch.stack([s for branches in last for s in branches]), id_offset, model.vocabulary.image_stop
         )
-        guided_BV = combine_grouped(logits, [state.span.guidance for state in states])
+        guided_BV = combine_grouped(logits, [state.spec.guidance for state in states])
         for rows, codes in sample_grouped(guided_BV, list(states)):
             for row, code in zip(rows, codes, strict=True):
-                states[row].written.append(id_offset + code)
+                states[row].ordered_ids.append(id_offset + code)
 
     def decode(self, model: GeneratorModel, states: list[GenerationState]) -> Tensor:
         """See `Generator.decode`."""

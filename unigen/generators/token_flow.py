@@ -59,7 +59,7 @@ class TokenFlowConfig:
 class TokenFlowState(GenerationState):
     """The state of an image that is being written."""
 
-    written: list[Tensor] = field(default_factory=list)
+    tokens: list[Tensor] = field(default_factory=list)
     """Tokens (Z,) so far."""
     latents_Zhw: Tensor = field(default_factory=lambda: torch.empty(0))
     """Latents of the finished image."""
@@ -69,7 +69,7 @@ class TokenFlowState(GenerationState):
     @property
     def num_written(self) -> int:
         """See `GenerationState.num_written`."""
-        return len(self.written)
+        return len(self.tokens)
 
     @property
     def latents(self) -> Tensor:
@@ -214,25 +214,25 @@ class TokenFlow(LatentFlowHead):
 
     # ---------------------------------------------------------------- sampling
 
-    def start(self, span: SegmentSpec) -> GenerationState:
+    def start(self, spec: SegmentSpec) -> GenerationState:
         """See `Generator.start`."""
-        return TokenFlowState(span, [])
+        return TokenFlowState(spec, [])
 
     def prepare_step(self, state: GenerationState) -> StepInput:
         """See `Generator.prepare_step`."""
         assert isinstance(state, TokenFlowState)
-        return StepInput([state.span.begin]) if state.input_1D is None else StepInput([0], embeds=state.input_1D)
+        return StepInput([state.spec.begin_id]) if state.input_1D is None else StepInput([0], embeds=state.input_1D)
 
     def step(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
         """See `Generator.step`: the next token of each image, by a whole flow of the MLP."""
         tokens = self._sample_tokens(states, [[branch[-1] for branch in branches] for branches in hidden])
         for state, token_Z in zip(states, tokens, strict=True):
             assert isinstance(state, TokenFlowState)
-            state.written.append(token_Z)
+            state.tokens.append(token_Z)
             state.input_1D = self.token_proj(token_Z[None].to(self.token_proj.weight.dtype))
-            state.done = len(state.written) == self.num_positions()
-            if state.done:
-                state.latents_Zhw = torch.stack(state.written, 1).unflatten(1, self.grid)
+            state.finished = len(state.tokens) == self.num_positions()
+            if state.finished:
+                state.latents_Zhw = torch.stack(state.tokens, 1).unflatten(1, self.grid)
         return [len(branches[0]) for branches in hidden]
 
     def _sample_tokens(self, states: list[GenerationState], conditions: list[list[Tensor]]) -> list[Tensor]:
@@ -245,14 +245,14 @@ class TokenFlow(LatentFlowHead):
         """
         groups: dict[tuple[FlowOptions, Guidance], list[int]] = {}
         for i, state in enumerate(states):
-            groups.setdefault((state.span.options[FlowOptions], state.span.guidance), []).append(i)
+            groups.setdefault((state.spec.options[FlowOptions], state.spec.guidance), []).append(i)
         tokens: dict[int, Tensor] = {}
         for (options, guidance), members in groups.items():
-            condition_ND = torch.stack([conditions[i][b] for b in range(guidance.branches) for i in members])
+            condition_ND = torch.stack([conditions[i][b] for b in range(guidance.num_branches) for i in members])
             noise_MZ = torch.stack(
-                [torch.randn(self.tokenizer.latent_channels, generator=states[i].span.rng) for i in members]
+                [torch.randn(self.tokenizer.latent_channels, generator=states[i].spec.rng) for i in members]
             )
-            predict = partial(self._branch_velocities, condition_ND, guidance.branches)
+            predict = partial(self._branch_velocities, condition_ND, guidance.num_branches)
             solver = build_solver(options.solver, options.steps, self.path.shift)
             data_MZ = sample(predict, noise_MZ.to(condition_ND.device), solver, guidance)
             tokens |= zip(members, data_MZ, strict=True)

@@ -156,9 +156,9 @@ class Transfusion(LatentFlowHead):
 
     # ---------------------------------------------------------------- sampling
 
-    def start(self, span: SegmentSpec) -> GenerationState:
+    def start(self, spec: SegmentSpec) -> GenerationState:
         """See `Generator.start`."""
-        return TransfusionState(span, [], trajectory=self.new_trajectory(span))
+        return TransfusionState(spec, [], trajectory=self.new_trajectory(spec))
 
     def prepare_step(self, state: GenerationState) -> StepInput:
         """See `Generator.prepare_step`."""
@@ -167,7 +167,7 @@ class Transfusion(LatentFlowHead):
         input_PD = self.embed_patches(x_t_1Zhw, torch.tensor([state.trajectory.t], device=x_t_1Zhw.device))[0]
         if state.begin_cached:
             return StepInput([0] * count, embeds=input_PD, attend_until=[count - 1] * count)
-        return StepInput([state.span.begin] + [0] * count, embeds=input_PD, attend_until=[0] + [count] * count)
+        return StepInput([state.spec.begin_id] + [0] * count, embeds=input_PD, attend_until=[0] + [count] * count)
 
     def step(self, model: GeneratorModel, states: list[GenerationState], hidden: list[list[Tensor]]) -> list[int]:
         """See `Generator.step`: one evaluation of the velocity; only the begin token stays in the cache."""

@@ -170,7 +170,7 @@ class Engine(BaseEngine):
     ) -> Iterator[Part]:
         """See `InferenceEngine.stream`. Up to `previews` previews come before an image, where its generator has any."""
         self._check_option_names("stream", options)
-        parts = self.run([self.request(prompt, output, seed=seed, **options)])
+        parts = self.run_requests([self.build_request(prompt, output, seed=seed, **options)])
         return (part for _, part in parts)
 
     @with_keywords
@@ -320,9 +320,9 @@ class Engine(BaseEngine):
 
     def hidden_states(self, prompt: Prompt) -> torch.Tensor:
         """See `InferenceEngine.hidden_states`: those from which a text answer would start."""
-        return self.new_scheduler().hidden_states(self.request(prompt, "text"))
+        return self.new_scheduler().hidden_states(self.build_request(prompt, "text"))
 
-    def request(self, prompt: Prompt, output: Output, **options: Any) -> Request:
+    def build_request(self, prompt: Prompt, output: Output, **options: Any) -> Request:
         """Build a validated request.
 
         Args:
@@ -340,7 +340,7 @@ class Engine(BaseEngine):
 
     def check(self, prompt: Prompt, output: Output, *, seed: int = 0, **options: OptionValue) -> None:
         """See `InferenceEngine.check`."""
-        self.request(prompt, output, seed=seed, **options)
+        self.build_request(prompt, output, seed=seed, **options)
 
     def default_options(self, output: Output, given: Mapping[str, OptionValue] | None = None) -> dict[str, OptionValue]:
         """See `InferenceEngine.default_options`: for images, those of the given generator or of the default one."""
@@ -371,7 +371,7 @@ class Engine(BaseEngine):
             del options["seed"]
 
         def build(document: Prompt, changes: dict[str, float], index: int) -> Request:
-            request = self.request(document, output, seed=seed, **options | changes)
+            request = self.build_request(document, output, seed=seed, **options | changes)
             request.record, request.candidate_index = record, index
             return request
 
@@ -391,7 +391,7 @@ class Engine(BaseEngine):
         """See `BatchedEngine.select_best`."""
         return select_best(self.model, prepared, answers)
 
-    def run(
+    def run_requests(
         self, requests: Sequence[Request], watch: Callable[[float], object] | None = None
     ) -> Iterator[tuple[int, Part]]:
         """Answer all requests in one batch.

@@ -64,7 +64,7 @@ class Request:
     """All options: from the call, else from the model, else the declared defaults."""
     grid: tuple[int, int]
     """Rows and columns of the codes of an image."""
-    written: list[torch.Tensor | None] = field(default_factory=list)
+    native_codes: list[torch.Tensor | None] = field(default_factory=list)
     """Codes (P,) of each finished image; None where its generator writes codes of the model's image tokenizer."""
     record: Record = Record()
     """What to record beside ids and codes."""
@@ -74,7 +74,7 @@ class Request:
     @property
     def guidance(self) -> Guidance:
         """Guidance, with one scale for each branch of the model but the last."""
-        return Guidance.of(self.options[GuidanceOptions].guidance)
+        return Guidance.from_value(self.options[GuidanceOptions].guidance)
 
     @property
     def seed(self) -> int:
@@ -92,7 +92,7 @@ class Request:
         return self.options[AnswerLimits].max_images
 
     @property
-    def previews(self) -> int:
+    def num_previews(self) -> int:
         """Previews of each image, at most."""
         return self.options[Previews].previews
 
@@ -109,13 +109,12 @@ class Request:
         return values
 
     @property
-    def image(self) -> SamplingOptions:
+    def image_sampling(self) -> SamplingOptions:
         """How codes are sampled."""
-        codes = self.options[CodeSampling]
-        return SamplingOptions(codes.temperature, codes.top_k, codes.top_p)
+        return SamplingOptions(**self.options[CodeSampling].to_dict())  # type: ignore[arg-type]
 
     @property
-    def text(self) -> SamplingOptions:
+    def text_sampling(self) -> SamplingOptions:
         """How ids of text are sampled."""
         return SamplingOptions(**self.options[TextSampling].to_dict())  # type: ignore[arg-type]
 
@@ -289,8 +288,8 @@ def resolve_guidance(model: UnifiedModel, generator: str, given: Given, options:
     Raises:
         ValueError: the model or the generator does not take such guidance.
     """
-    default = Guidance.of(resolve(GuidanceOptions, model.default_sampling.get(generator, {})).guidance)
-    guidance, scales = Guidance.of(given.get("guidance", default)), model.template.num_guidance_scales  # type: ignore[arg-type]
+    default = Guidance.from_value(resolve(GuidanceOptions, model.default_sampling.get(generator, {})).guidance)
+    guidance, scales = Guidance.from_value(given.get("guidance", default)), model.template.num_guidance_scales  # type: ignore[arg-type]
     if scales > 1 and len(guidance.scales) == 1:  # that of the text; the others have their defaults, or all are off
         others = (1.0,) * (scales - 1) if guidance.scales[0] == 1 else default.scales[1:]
         guidance = replace(guidance, scales=guidance.scales + others)

@@ -1,7 +1,7 @@
 """The scheduler of continuous batching, the only loop that calls the backbone to generate.
 
     scheduler = engine.new_scheduler()
-    scheduler.add_request(engine.request("two apples", "image"))
+    scheduler.add_request(engine.build_request("two apples", "image"))
     while scheduler:
         for request_id, part in scheduler.step(): ...
         scheduler.finished                          # request_id -> Usage, of requests that ended in this step
@@ -140,7 +140,7 @@ class Scheduler:
             KeyError: it is not running.
         """
         sequence = self._sequences[request_id]
-        writes_text = sequence.state is not None and not sequence.state.done and self._writes_text(sequence)
+        writes_text = sequence.state is not None and not sequence.state.finished and self._writes_text(sequence)
         text_tokens = len(sequence.state.ids) if sequence.state and writes_text else 0
         return Usage(
             prompt_tokens=sequence.prompt_tokens,
@@ -314,13 +314,13 @@ class Scheduler:
             if sequence.state and not sequence.state.finite:
                 self.failed[sequence.request_id] = self._non_finite_error("scores")
         sequences = [sequence for sequence in sequences if sequence.request_id not in self.failed]
-        ended = [(sequence, sequence.state) for sequence in sequences if sequence.state and sequence.state.done]
+        ended = [(sequence, sequence.state) for sequence in sequences if sequence.state and sequence.state.finished]
         parts = [(sequence.request_id, part) for sequence, part in self._collect_outputs(ended, sequences)]
         for request_id in self.failed:
             self.cache.clear(self._sequences[request_id].slots)
             self.abort(request_id)
         for sequence, _ in ended:
-            if sequence.state and sequence.state.done and sequence.request_id not in self.failed:
+            if sequence.state and sequence.state.finished and sequence.request_id not in self.failed:
                 self.finished[sequence.request_id] = sequence.record.usage = self.usage(sequence.request_id)
                 self.abort(sequence.request_id)
         return parts
@@ -334,7 +334,7 @@ class Scheduler:
             if self._writes_text(sequence):
                 if delta := segments.text_delta(self.model, sequence):
                     yield sequence, delta
-            elif sequence.request.previews and (preview := self._next_preview(sequence)):
+            elif sequence.request.num_previews and (preview := self._next_preview(sequence)):
                 yield sequence, preview
         for sequence, state in ended:
             if not self._writes_text(sequence):
@@ -354,7 +354,7 @@ class Scheduler:
         if sequence.request.output == "joint":
             yield sequence, segments.joint_text(self.model, sequence)
         sequence.document.segments.append(Segment(image=image if codes_hw is None else codes_hw, role="assistant"))
-        sequence.request.written.append(state.native_codes)
+        sequence.request.native_codes.append(state.native_codes)
         sequence.record.codes.append(codes_hw if state.native_codes is None else state.native_codes)
         record_segment(sequence, state)
         yield sequence, image

@@ -76,7 +76,7 @@ def log_likelihood(
         name: model.generators[name]
         for name in sorted({*batch.handlers} & {*model.generators} - {model.template.context_generator})
     }
-    is_guided = guidance is not None and guidance.branches > 1 and has_guided_likelihood(model, batch)
+    is_guided = guidance is not None and guidance.num_branches > 1 and has_guided_likelihood(model, batch)
     start = None if rng is None else rng.get_state()
     sides = [_encode(model, batch, image_generators, rng)]
     if is_guided:
@@ -90,7 +90,7 @@ def log_likelihood(
     for name, generator in image_generators.items():
         rows_P, start_P, _ = batch.spans_N3[batch.images_of(name).to(batch.spans_N3.device)].unbind(1)
         if guidance is not None and generator.guided_loss is not None:
-            branches = [(side.hidden_BLD, side.targets[name]) for side in (*sides, sides[-1])][: guidance.branches]
+            branches = [(side.hidden_BLD, side.targets[name]) for side in (*sides, sides[-1])][: guidance.num_branches]
             costs = generator.guided_loss(branches, guidance, temperature)
         else:
             costs = generator.loss(model, batch, sides[0].hidden_BLD, sides[0].targets[name])

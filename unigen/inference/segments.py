@@ -80,7 +80,7 @@ def start_next_segment(model: UnifiedModel, sequence: SequenceState, cache: Slot
         sequence.document.segments.append(Segment(text=text, role="assistant"))
         sequence.num_text_tokens += len(state.ids)
         sequence.context_ids.update(state.ids)
-    sequence.truncated = not state.pending_ids or state.pending_ids[0] not in state.span.stops
+    sequence.truncated = not state.pending_ids or state.pending_ids[0] not in state.spec.stop_token_ids
     if state.pending_ids and state.pending_ids[0] in _image_begin_ids(model):
         sequence.pending_ids = [[]]
         _start_image(model, sequence)
@@ -95,7 +95,7 @@ def text_delta(model: UnifiedModel, sequence: SequenceState) -> str:
     """
     assert sequence.state is not None
     text = model.template.decode(sequence.state.ids)
-    if text.endswith("\N{REPLACEMENT CHARACTER}") and not sequence.state.done:
+    if text.endswith("\N{REPLACEMENT CHARACTER}") and not sequence.state.finished:
         return ""
     delta = text[len(sequence.streamed_text) :]
     sequence.streamed_text = text
@@ -155,8 +155,8 @@ def next_preview(model: UnifiedModel, sequence: SequenceState) -> Preview | None
     generator, state = sequence.generator, sequence.state
     assert generator is not None and state is not None
     steps_done, steps = state.progress
-    milestone = steps_done * (sequence.request.previews + 1) // steps
-    if state.done or milestone <= sequence.preview_milestones:
+    milestone = steps_done * (sequence.request.num_previews + 1) // steps
+    if state.finished or milestone <= sequence.preview_milestones:
         return None
     sequence.preview_milestones, sequence.num_previews = milestone, sequence.num_previews + 1
     return Preview(decode_image(model, generator, state)[0], sequence.num_images, sequence.num_previews - 1)
@@ -202,7 +202,7 @@ def _start_image(model: UnifiedModel, sequence: SequenceState) -> None:
     request = sequence.request
     others = [
         model.prompt_ids(model.template.prompt(sequence.document, output=request.output, branch=branch))
-        for branch in range(1, request.guidance.branches)
+        for branch in range(1, request.guidance.num_branches)
     ]
     sequence.pending_ids = [sequence.pending_ids[0], *(prompt.ids for prompt in others)]
     sequence.prompt_spans = [sequence.prompt_spans[0], *(prompt.spans for prompt in others)]
@@ -212,8 +212,10 @@ def _start_image(model: UnifiedModel, sequence: SequenceState) -> None:
     fixed = request.options[Inpainting].fixed_codes
     if fixed is not None:
         fixed = torch.where(fixed < 0, fixed, model.vocabulary.image_ids(fixed))
-    spec = SegmentSpec(begin or 0, request.image, request.guidance, _next_rng(sequence), request.grid, fixed=fixed)
-    spec.opening, spec.row_end = () if begin is None else (begin, *layout.prefix), layout.row_end_ids
+    spec = SegmentSpec(
+        begin or 0, request.image_sampling, request.guidance, _next_rng(sequence), request.grid, fixed_ids=fixed
+    )
+    spec.prefix_ids, spec.row_end_ids = () if begin is None else (begin, *layout.prefix), layout.row_end_ids
     spec.options = request.options
     spec.text_ids = _prefix_text_ids(model, sequence)
     spec.record_logprobs, spec.record_trajectory = request.record.logprobs, request.record.trajectory
@@ -248,7 +250,7 @@ def _read_back_image(model: UnifiedModel, sequence: SequenceState, cache: SlotCa
         begin = template.begin_ids[template.context_generator]
         sequence.pending_ids = [[begin, *layout.prefix, *layout.to_ids(ids_hw)]]
     sequence.pending_ids[0] += layout.suffix
-    sequence.context_ids.update((*state.span.head, *layout.suffix))
+    sequence.context_ids.update((*state.spec.prompt_ids, *layout.suffix))
 
 
 def _start_text(model: UnifiedModel, sequence: SequenceState, begin: int) -> None:
@@ -266,8 +268,10 @@ def _start_text(model: UnifiedModel, sequence: SequenceState, begin: int) -> Non
     limit = max(1, min(request.max_tokens - sequence.num_text_tokens, positions_left))
     sequence.generator = model.generators["text"]
     rng = _next_rng(sequence)
-    spec = SegmentSpec(begin, request.text, Guidance((1.0,)), rng, stops=tuple(stops), max_tokens=limit)
+    spec = SegmentSpec(
+        begin, request.text_sampling, Guidance((1.0,)), rng, stop_token_ids=tuple(stops), max_tokens=limit
+    )
     spec.record_logprobs = request.record.logprobs
-    if request.text.repetition_penalty != 1:
-        spec.before = frozenset(sequence.context_ids)
+    if request.text_sampling.repetition_penalty != 1:
+        spec.context_ids = frozenset(sequence.context_ids)
     sequence.state = sequence.generator.start(spec)

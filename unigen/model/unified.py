@@ -184,7 +184,7 @@ class UnifiedModel(nn.Module):
             raise ValueError(
                 f"{generator} does not take {', '.join(unknown_options)}: it takes {', '.join(option_names)}"
             )
-        scales = Guidance.of(options.get("guidance", [1.0] * self.template.num_guidance_scales)).scales
+        scales = Guidance.from_value(options.get("guidance", [1.0] * self.template.num_guidance_scales)).scales
         if len(scales) != self.template.num_guidance_scales:
             raise ValueError(
                 f"{generator} takes {self.template.num_guidance_scales} scales of guidance, not {len(scales)}"

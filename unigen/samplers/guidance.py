@@ -58,7 +58,7 @@ class Guidance:
         object.__setattr__(self, "interval", tuple(interval))
 
     @classmethod
-    def of(cls, value: float | Sequence[float] | Guidance) -> Guidance:
+    def from_value(cls, value: float | Sequence[float] | Guidance) -> Guidance:
         """The guidance that a user's value means.
 
         Args:
@@ -72,7 +72,7 @@ class Guidance:
         return cls(tuple(value) if isinstance(value, (list, tuple)) else (value,))  # type: ignore[arg-type]
 
     @property
-    def branches(self) -> int:
+    def num_branches(self) -> int:
         """How many branches have to be computed: one where guidance is off."""
         return 1 if all(scale == 1 for scale in self.scales) else len(self.scales) + 1
 
@@ -87,9 +87,9 @@ class Guidance:
         Returns:
             A tensor of the same shape.
         """
-        assert len(predictions) == self.branches
+        assert len(predictions) == self.num_branches
         return combine_chain(predictions, self.scales, weight)
 
     def applies_at(self, t: float) -> bool:
         """Is guidance on at time t of a flow, from 0 (data) to 1 (noise)?"""
-        return self.branches > 1 and self.interval[0] <= t <= self.interval[1]
+        return self.num_branches > 1 and self.interval[0] <= t <= self.interval[1]

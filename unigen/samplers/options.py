@@ -24,7 +24,7 @@ class GuidanceScales(OptionType):
 
     def check(self, name: str, value: object) -> object:
         """The value as the engine takes it. Raises ValueError for what it cannot be."""
-        return Guidance.of(value)  # type: ignore[arg-type]
+        return Guidance.from_value(value)  # type: ignore[arg-type]
 
     def parse(self, text: str) -> float:
         """The value that a text of the command line spells. Raises argparse.ArgumentTypeError."""
@@ -36,7 +36,7 @@ class GuidanceScales(OptionType):
 
     def to_json(self, value: object) -> object:
         """The value as JSON holds it."""
-        scales = Guidance.of(value).scales  # type: ignore[arg-type]
+        scales = Guidance.from_value(value).scales  # type: ignore[arg-type]
         return scales[0] if len(scales) == 1 else list(scales)
 
 

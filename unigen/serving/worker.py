@@ -252,7 +252,7 @@ class BatchedWorker(_BaseWorker):
             number, answer = self.next
             assert answer.prepared is not None
             requests = answer.prepared.requests
-            branches = 1 if answer.job.output == "text" else requests[0].guidance.branches
+            branches = 1 if answer.job.output == "text" else requests[0].guidance.num_branches
             if (
                 self.answers
                 and branches * len(requests) + sum(slots for _, slots, _ in self.answers.values()) > self.slots

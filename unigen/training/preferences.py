@@ -71,7 +71,7 @@ class PreferenceConfig:
     """As the codes of next-token and next-scale were drawn; above 0."""
 
     def __post_init__(self) -> None:
-        Guidance.of(self.guidance)
+        Guidance.from_value(self.guidance)
         if not self.temperature > 0:
             raise ValueError(f"preferences need a temperature above 0, not {self.temperature}")
         if not (self.beta > 0 and self.weight > 0 and self.nll_weight >= 0 and self.rows_per_sample >= 1):
@@ -342,7 +342,7 @@ class DPOObjective(nn.Module):
     def __init__(self, base_loss: MultiGeneratorLoss, reference: UnifiedModel, config: PreferenceConfig) -> None:
         super().__init__()
         self.base_loss, self.beta = base_loss, config.beta
-        self.guidance, self.temperature = Guidance.of(config.guidance), config.temperature
+        self.guidance, self.temperature = Guidance.from_value(config.guidance), config.temperature
         self.reference = reference.requires_grad_(False).eval()
         self.weights = base_loss.weights | {"preference": config.weight, "chosen": config.nll_weight}
 
