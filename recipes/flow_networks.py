@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from unigen.batch import Batch, Tokens, pack
-from unigen.config import OptimConfig, RunConfig, apply_overrides, write_report
+from unigen.config import OptimConfig, RunConfig, apply_overrides
 from unigen.diffusion.denoiser import PromptEmbeds
 from unigen.document import Document, Segment
 from unigen.evaluation.report import make_folder
@@ -54,6 +54,7 @@ from unigen.training.train_spec import LossSums, TrainSpec
 from unigen.training.trainer import Trainer
 from unigen.utils.argparser import OneLineParser
 from unigen.utils.disk import check_input
+from unigen.utils.files import write_report
 from unigen.utils.precision import has_fast_bfloat16
 
 INPUTS = {"kl_tokenizer": "unigen train recipes/tiny_vq.py tokenizer_kind=kl run_dir=runs/kl"}

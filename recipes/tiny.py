@@ -224,8 +224,12 @@ class ChatDocumentSampler:
         )
         if kind == "draw" and self.self_distill and rng.random() < self.self_distill_share:
             document = self.self_distill(rng)
-        blind = 0.5 if generator in self.template.text_lengths else self.uncond_prob  # whose span has the words, too
-        tokens = self.template.encode(document, uncond=generates_image and rng.random() < blind, generator=generator)
+        uncond_prob = (
+            0.5 if generator in self.template.text_lengths else self.uncond_prob
+        )  # whose span has the words, too
+        tokens = self.template.encode(
+            document, uncond=generates_image and rng.random() < uncond_prob, generator=generator
+        )
         for start, stop in tokens.spans if self.loss_on_user_images else ():
             tokens.loss[start:stop] = [True] * (stop - start)
         return tokens

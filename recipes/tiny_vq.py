@@ -36,7 +36,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from unigen.config import OptimConfig, RunConfig, apply_overrides, write_report
+from unigen.config import OptimConfig, RunConfig, apply_overrides
 from unigen.data import digits
 from unigen.media.output import check_output
 from unigen.nn.conv import to_channels_last, to_uint8
@@ -52,6 +52,7 @@ from unigen.training.trainer import Trainer
 from unigen.training.vq_objective import VQLossConfig, VQObjective, VQTraining
 from unigen.utils.argparser import OneLineParser
 from unigen.utils.disk import check_input
+from unigen.utils.files import write_report
 from unigen.utils.option_types import number_argument
 
 INPUTS = {

@@ -36,7 +36,7 @@ def main() -> int:
     if unknown := set(args.families) - set(family_names()):
         parser.error(f"no case for {', '.join(sorted(unknown))}: there are {', '.join(family_names())}")
     from tests.parity import common
-    from unigen.config import write_report
+    from unigen.utils.files import write_report
 
     parity_rows, started = [], time.monotonic()
     print(f"{'row':28} {'error':>9} {'control':>9}  {'':4}  against; control")

@@ -20,9 +20,9 @@ from typing import Any, TypeVar
 
 import unigen
 from unigen.commands.story import story_prompt
-from unigen.config import hardware_summary
 from unigen.media.output import check_output, html_figure, html_page, save_image, story_body, write_text
 from unigen.utils.argparser import OneLineParser
+from unigen.utils.files import hardware_summary
 from unigen.utils.option_types import SEED
 
 T = TypeVar("T")

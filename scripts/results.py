@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from unigen.config import load_json
 from unigen.media.output import write_text
+from unigen.utils.files import load_json
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS_FOLDER, RESULTS_PAGE = ROOT / "docs" / "runs", ROOT / "docs" / "results.md"

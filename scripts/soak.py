@@ -26,9 +26,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from unigen.config import write_report  # noqa: E402
 from unigen.media.output import one_line_errors  # noqa: E402
 from unigen.utils.argparser import OneLineParser  # noqa: E402
+from unigen.utils.files import write_report  # noqa: E402
 from unigen.utils.option_types import SEED, number_argument  # noqa: E402
 
 PROMPTS = ("two apples on a blue background", "a red car", "three penguins", "a rose left of a house")

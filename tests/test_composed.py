@@ -688,7 +688,7 @@ def test_text_of_our_families_is_drawn_as_their_folder_says(
     usual = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
     assert vars(asked[-1].text) == usual | sampling
     pair.generate("what is it", "text", max_tokens=2, temperature=0.0)
-    assert asked[-1].text.temperature == 0.0
+    assert asked[-1].text_sampling.temperature == 0.0
     assert pair.default_options("text") == sampling
 
 

@@ -15,18 +15,8 @@ from typing import Literal
 import pytest
 
 from unigen import config
-from unigen.config import (
-    OptimConfig,
-    RunConfig,
-    apply_overrides,
-    from_dict,
-    load_json,
-    rename_stored_keys,
-    renamed_keys,
-    save_json,
-    to_dict,
-    write_report,
-)
+from unigen.config import OptimConfig, RunConfig, apply_overrides, from_dict, rename_stored_keys, renamed_keys, to_dict
+from unigen.utils.files import load_json, save_json, write_report
 
 
 @dataclass

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from scripts import average, bench, quickstart, results, ship
-from unigen.config import write_report
 from unigen.model import assembly
 from unigen.models import load
+from unigen.utils.files import write_report
 
 
 def test_the_table_of_benches(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,20 +1,14 @@
-"""Configurations as plain dataclasses: to and from JSON, strict overrides, atomic JSON files, reports of a run.
+"""Configurations as plain dataclasses: to and from nested dicts, strict overrides.
 
 It does not depend on what is configured: no torch, no models, no recipes. Importing it costs milliseconds.
 
     cfg = apply_overrides(RunConfig(), ["optim.lr=1e-5", "steps=100"])
-    save_json("run/config.json", to_dict(cfg))
+    save_json("run/config.json", to_dict(cfg))         # unigen.utils.files
 """
 
 import dataclasses
-import datetime
 import difflib
-import json
 import math
-import os
-import platform
-import sys
-import tempfile
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -22,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar
 
+from unigen.utils.files import to_json_value
 from unigen.utils.numbers import parse_float, parse_int, strip_digit_groups
 
 if TYPE_CHECKING:
@@ -145,7 +140,7 @@ def _check(condition: bool, message: str) -> None:
 def to_dict(cfg: "DataclassInstance") -> dict[str, Any]:
     """A dataclass as nested plain dicts; tuples become lists, paths text, as JSON has it."""
     assert dataclasses.is_dataclass(cfg) and not isinstance(cfg, type)
-    return {f.name: _to_json_value(getattr(cfg, f.name)) for f in dataclasses.fields(cfg)}
+    return {f.name: to_json_value(getattr(cfg, f.name)) for f in dataclasses.fields(cfg)}
 
 
 def from_dict(cls: type[T], values: Mapping[str, object]) -> T:
@@ -369,111 +364,3 @@ def _coerce(hint: TypeHint, value: object, key: str) -> object:
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise type_error
     return value
-
-
-# ---------------------------------------------------------------- JSON on disk
-
-
-def _to_json_value(value: object) -> object:
-    """`value` in JSON's own types: NaN and infinities become null, arrays and scalars of numpy or torch plain
-    numbers."""
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(k): _to_json_value(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [_to_json_value(v) for v in (sorted(value) if isinstance(value, (set, frozenset)) else value)]
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return to_dict(value)
-    if hasattr(value, "tolist"):
-        return _to_json_value(value.tolist())
-    raise ValueError(f"cannot write a {type(value).__name__} as JSON")
-
-
-def save_json(path: str | os.PathLike[str], obj: object) -> None:
-    """Write `obj` as strict JSON (NaN -> null), complete or not at all; makes the folder. "-" is the process's stdout,
-    whatever `sys.stdout` is. ValueError where it cannot be written."""
-    path = Path(path)
-    text = json.dumps(_to_json_value(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    if str(path) == "-":
-        print(text, end="", file=sys.__stdout__, flush=True)
-        return
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=".unigen-", suffix=".tmp", delete=False
-        ) as file:
-            temporary = file.name
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        raise ValueError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def load_json(path: str | os.PathLike[str]) -> Any:
-    """Read JSON; ValueError with one clear line where the file is missing or damaged."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error})") from error
-
-
-# ---------------------------------------------------------------- reports
-
-
-def hardware_summary() -> str:
-    """The machine in words: the GPU's name where torch is loaded and sees one, else the CPU's model and usable
-    cores."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
-    name = platform.processor() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.lower().startswith(("model name", "hardware")):
-                name = line.partition(":")[2].strip() or name
-                break
-    except OSError:
-        pass
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return f"{name}, {cores} cores"
-
-
-def write_report(
-    path: str | os.PathLike[str],
-    *,
-    command: str,
-    model: str,
-    overall: float | None = None,
-    tasks: Mapping[str, float] | None = None,
-    rows: Iterable[Mapping[str, object]] = (),
-    seconds: float | None = None,
-    **extra: object,
-) -> dict[str, Any]:
-    """Write what one eval, bench or probe command found as ONE JSON object, and return it.
-
-    `command` is the full line that repeats it. Each row holds name, value, unit, baseline, ratio, batch (absent ones
-    become null). Hardware and date (UTC, ISO) are filled in; `extra` fields are written as they are."""
-    keys = ("name", "value", "unit", "baseline", "ratio", "batch")
-    report = {
-        "command": command,
-        "model": model,
-        "hardware": hardware_summary(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "seconds": seconds,
-        "overall": overall,
-        "tasks": dict(tasks or {}),
-        "rows": [dict.fromkeys(keys) | dict(row) for row in rows],
-    } | extra
-    save_json(path, report)
-    return report

@@ -13,10 +13,10 @@ import time
 import torch
 
 import unigen
-from unigen.config import write_report
 from unigen.loading import load_local
 from unigen.toyworld.scenes import BACKGROUNDS, COLORS, OBJECT_EMOJI
 from unigen.utils.argparser import OneLineParser
+from unigen.utils.files import write_report
 from unigen.utils.option_types import number_argument
 
 

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from unigen.config import write_report
 from unigen.document import Document
 from unigen.inference.engine import Engine
 from unigen.model import assembly
 from unigen.models import load
 from unigen.nn.cpu.linear import pack_linears, packed_linear
 from unigen.utils.argparser import OneLineParser
+from unigen.utils.files import write_report
 from unigen.utils.option_types import number_argument
 
 PROMPT = "two apples on a blue background"

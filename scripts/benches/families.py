@@ -32,7 +32,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scripts.benches.decode import bandwidth, best_rates
 from unigen.batch import Tokens, Vocabulary
-from unigen.config import write_report
 from unigen.document import Document, Segment
 from unigen.generators.next_scale import NextScale
 from unigen.generators.next_token import NextToken
@@ -43,6 +42,7 @@ from unigen.models import janus, llamagen, var
 from unigen.nn.cpu.linear import pack_linears, packed_linear
 from unigen.tokenizers import var_vq
 from unigen.utils.argparser import OneLineParser
+from unigen.utils.files import write_report
 from unigen.utils.option_types import number_argument
 
 DrawFunction = Callable[[], Any]

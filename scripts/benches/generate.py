@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from unigen import generators
-from unigen.config import write_report
 from unigen.evaluation.call_counter import CallCounter
 from unigen.generators import build
 from unigen.inference.engine import Engine
@@ -29,6 +28,7 @@ from unigen.nn.cpu.linear import pack_linears
 from unigen.tokenizers.kl import KLConfig, KLTokenizer
 from unigen.tokenizers.vq import VQConfig, VQTokenizer
 from unigen.utils.argparser import OneLineParser
+from unigen.utils.files import write_report
 from unigen.utils.option_types import number_argument
 
 GENERATORS = ("next-token", "masked", "next-scale", "flow", "transfusion", "token-flow")

@@ -20,13 +20,13 @@ from torch import Tensor
 import unigen
 from scripts.benches.batch import make_prompts
 from unigen.batch import pack
-from unigen.config import write_report
 from unigen.document import Document, Segment
 from unigen.loading import load_local
 from unigen.model.unified import UnifiedModel
 from unigen.nn.quantized import count_parameters
 from unigen.utils import precision
 from unigen.utils.argparser import OneLineParser
+from unigen.utils.files import write_report
 from unigen.utils.option_types import number_argument
 
 BATCH = 16

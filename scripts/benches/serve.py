@@ -30,8 +30,8 @@ from typing import Any
 import torch
 
 from scripts.benches.decode import PROMPT, load_model, transformers_generate
-from unigen.config import write_report
 from unigen.utils.argparser import OneLineParser
+from unigen.utils.files import write_report
 from unigen.utils.option_types import number_argument
 
 MAX_TOKENS = 64

@@ -15,12 +15,12 @@ from typing import Any
 
 from scripts.benches.batch import make_prompts
 from scripts.benches.families import llamagen_b
-from unigen.config import write_report
 from unigen.generators.options.acceleration import SPECULATIVE_METHODS
 from unigen.inference.engine import Engine
 from unigen.models import load
 from unigen.nn.cpu.linear import pack_linears
 from unigen.utils.argparser import OneLineParser
+from unigen.utils.files import write_report
 from unigen.utils.option_types import number_argument
 
 

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
-from unigen.config import OptimConfig, write_report
+from unigen.config import OptimConfig
 from unigen.models import load
 from unigen.training.muon import Muon, MuonAdamW
 from unigen.training.optim import adamw
 from unigen.utils.argparser import OneLineParser
+from unigen.utils.files import write_report
 from unigen.utils.option_types import number_argument
 from unigen.utils.precision import train_precision
 

@@ -13,10 +13,10 @@ from PIL import Image
 import unigen
 from tests.parity import emu3 as case
 from unigen.commands import main as cli
-from unigen.config import save_json
 from unigen.document import Document, Segment
 from unigen.hub.resolve import read_json
 from unigen.inference.scoring import _unpacked_log_likelihood
+from unigen.utils.files import save_json
 
 
 @pytest.fixture(scope="module")

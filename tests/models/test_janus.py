@@ -15,12 +15,12 @@ from tokenizers import Tokenizer
 import unigen
 from tests.parity import janus as case
 from unigen.batch import Batch, pack
-from unigen.config import save_json
 from unigen.document import Document, Segment
 from unigen.hub.resolve import read_json
 from unigen.hub.weights import read_tensors, write_tensors
 from unigen.model.inputs import PromptIds
 from unigen.models import convert, janus
+from unigen.utils.files import save_json
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,10 @@ from tokenizers import Tokenizer
 import unigen
 from tests.parity import liquid as case
 from unigen.commands import main as cli
-from unigen.config import save_json
 from unigen.document import Document, Segment
 from unigen.models import liquid
 from unigen.tokenizers import text
+from unigen.utils.files import save_json
 
 
 @pytest.fixture(scope="session")

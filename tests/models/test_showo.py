@@ -18,10 +18,10 @@ import unigen
 from tests.parity import showo as case
 from unigen.batch import pack
 from unigen.commands import main as cli
-from unigen.config import save_json
 from unigen.document import Document, Segment
 from unigen.hub.resolve import read_json
 from unigen.hub.weights import read_tensors, write_tensors
+from unigen.utils.files import save_json
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from unigen.batch import Layout
-from unigen.config import save_json
+from unigen.utils.files import save_json
 
 GOLDENS = Path(__file__).parent / "goldens"
 MAX_ERROR_SHARE, MIN_CONTROL = 5e-4, 1e-2

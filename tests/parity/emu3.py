@@ -13,12 +13,12 @@ from torch import Tensor
 import unigen
 from tests.parity import common
 from tests.parity.common import ParityRow, max_error, mismatch_share
-from unigen.config import save_json
 from unigen.document import Document, Segment
 from unigen.generators import next_token
 from unigen.hub.resolve import read_json
 from unigen.models import emu3
 from unigen.samplers.logits import SamplingOptions, exponential_race_sample
+from unigen.utils.files import save_json
 
 CODES, STRIDE = 256, 4
 WIDTH, HEIGHT = 40, 32  # pixels of what is drawn

@@ -22,7 +22,6 @@ from torch.nn.functional import conv2d, embedding, gelu, layer_norm, linear, sca
 import unigen
 from tests.parity import common
 from tests.parity.common import ParityRow, max_error, mismatch_share
-from unigen.config import save_json
 from unigen.document import Document, Segment
 from unigen.generators import next_token
 from unigen.hub.resolve import read_json
@@ -30,6 +29,7 @@ from unigen.hub.weights import write_tensors
 from unigen.models import janus
 from unigen.samplers.logits import SamplingOptions, exponential_race_sample
 from unigen.tokenizers import vqgan
+from unigen.utils.files import save_json
 
 SIDE, CODES, PATCH, HIDDEN = 32, 256, 8, 128
 SIZE, PROMPT = (SIDE, SIDE), "a red apple"

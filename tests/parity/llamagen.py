@@ -18,11 +18,11 @@ from torch import Tensor
 import unigen
 from tests.parity import common
 from tests.parity.common import ParityRow, max_error, mismatch_share
-from unigen.config import save_json
 from unigen.document import Segment
 from unigen.generators import next_token
 from unigen.models import llamagen
 from unigen.tokenizers import vqgan
+from unigen.utils.files import save_json
 
 SIDE, CODES, CLASSES, WIDTH, LAYERS = 32, 256, 10, 128, 2
 SIZE, PROMPT = (SIDE, SIDE), 7

@@ -39,12 +39,12 @@ from tests.parity.llamagen import (
     tensors,
     with_wrong_rotary,
 )
-from unigen.config import save_json
 from unigen.document import Document
 from unigen.generators import next_token
 from unigen.hub.resolve import CONFIG
 from unigen.hub.weights import read_tensors, write_tensors
 from unigen.models import llamagen
+from unigen.utils.files import save_json
 
 SIZE, PROMPT = (SIDE, SIDE), "a red apple"
 CLI_ARGUMENTS = [PROMPT]

@@ -24,13 +24,13 @@ from tests.parity import common
 from tests.parity import liquid as vq_case
 from tests.parity.chameleon import VQ
 from tests.parity.common import ParityRow, max_error, mismatch_share
-from unigen.config import save_json
 from unigen.document import Document, Segment
 from unigen.generators import next_token
 from unigen.hub.resolve import read_json
 from unigen.hub.weights import write_tensors
 from unigen.models import chameleon, lumina
 from unigen.samplers.logits import SamplingOptions, exponential_race_sample
+from unigen.utils.files import save_json
 
 CODES, STRIDE = vq_case.CODES, 4
 WIDTH, HEIGHT = 40, 32  # pixels of what is drawn

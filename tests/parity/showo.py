@@ -25,11 +25,11 @@ from torch import Tensor, nn
 import unigen
 from tests.parity import common
 from tests.parity.common import ParityRow, max_error, mismatch_share
-from unigen.config import save_json
 from unigen.document import Document, Segment
 from unigen.generators.masked import Masked
 from unigen.models import showo
 from unigen.tokenizers import magvit2
+from unigen.utils.files import save_json
 
 BITS, SIDE, GRID = 8, 32, 8
 CODES, COUNT = 2**BITS, GRID * GRID

@@ -26,6 +26,7 @@ from tests.serving.test_server import child_pid, group, wait_until
 from unigen.batch import Vocabulary
 from unigen.commands import main as cli
 from unigen.document import Document
+from unigen.inference.results import Record
 from unigen.models import convert
 
 pytestmark = pytest.mark.serve
@@ -218,7 +219,7 @@ def test_aborted_requests_change_nothing_for_others(folder: Path, local: Any) ->
                 running.abort(number)
                 left.add(number)
         assert len(left) > len(requests) // 4 and not engine.llm.has_unfinished_requests()
-        assert not scheduler(engine).groups and not engine._heard
+        assert not scheduler(engine).groups and not engine._pending_outputs
         for number, request in enumerate(requests):
             if number not in left:
                 said = [s for s in request.document.segments if s.role == "assistant"]
@@ -233,8 +234,8 @@ def test_control_of_the_scheduler(folder: Path, local: Any, monkeypatch: pytest.
 
     take = vllm_engine.apply_output
 
-    def take_anything(row: Any, ids: list[int], vocabulary: Vocabulary) -> None:
-        take(row, ids, vocabulary)
+    def take_anything(row: Any, *output: Any) -> None:
+        take(row, *output)
         row.state.finite = True  # an id that is no code would end the row
 
     monkeypatch.setattr(vllm_engine, "apply_output", take_anything)
@@ -290,8 +291,8 @@ def test_segment_uses_the_prefix_cache(engine: Any) -> None:
     main = [(asked, cached) for name, asked, cached in spans if name.endswith("-0")]
     assert len(main) >= 3
     for (before, _), (asked, cached) in itertools.pairwise(main):
-        assert cached >= before // engine.block * engine.block and asked > before
-    assert main[-1][1] > 2 * engine.block
+        assert cached >= before // engine.block_size * engine.block_size and asked > before
+    assert main[-1][1] > 2 * engine.block_size
 
 
 def test_vllm_engine_has_the_engine_api(engine: Any, local: Any) -> None:
@@ -314,7 +315,7 @@ def test_closed_stream_leaves_nothing_behind(engine: Any) -> None:
     next(stream)
     assert engine.llm.has_unfinished_requests()
     stream.close()
-    assert not engine.llm.has_unfinished_requests() and not scheduler(engine).groups and not engine._heard
+    assert not engine.llm.has_unfinished_requests() and not scheduler(engine).groups and not engine._pending_outputs
 
 
 def test_concurrent_streams(engine: Any, local: Any) -> None:
@@ -398,6 +399,32 @@ def test_random_draws_are_reproducible(engine: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    "options",
+    [
+        {"output": "image", "guidance": 3.0, "temperature": 0.9, "top_k": 40},
+        {"output": "image", "guidance": 1.0, "temperature": 0.0},
+        {"output": "text", "temperature": 1.2, "top_p": 0.9, "max_tokens": 12},
+        {"output": "interleaved", "temperature": 1.0, "max_tokens": 8, "max_images": 1},
+    ],
+)
+def test_log_probabilities_are_those_of_the_local_engine(engine: Any, local: Any, options: dict[str, Any]) -> None:
+    """Of the distribution from which ids are sampled: guided, warped. The negative control hands back no logits."""
+    from unigen.backends import vllm_guidance
+
+    found, expected = (
+        e.generate_results(["two apples"], [3], record=Record(logprobs=True), **options)[0] for e in (engine, local)
+    )
+    assert found.logprobs is not None and expected.logprobs is not None and len(expected.logprobs) > 1
+    torch.testing.assert_close(found.logprobs, expected.logprobs, atol=1e-4, rtol=0)
+    force_id = vllm_guidance.force_id
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vllm_guidance, "force_id", lambda logits, rows, id, logit=0.0: force_id(logits, rows, id))
+        control = engine.generate_results(["two apples"], [3], record=Record(logprobs=True), **options)[0]
+    assert bool((control.logprobs == 0).all()) and (expected.logprobs - control.logprobs).abs().max() > 0.1
+    assert engine.generate_results(["two apples"], [3], **options)[0].logprobs is None
+
+
+@pytest.mark.parametrize(
     "harm", [{"branch": 2}, {"scales": []}, {"seed": None}, {"sampling": {"temperature": -1}}, {"grid": [1]}]
 )
 def test_request_without_segment_is_rejected(engine: Any, harm: dict[str, Any]) -> None:
@@ -408,11 +435,11 @@ def test_request_without_segment_is_rejected(engine: Any, harm: dict[str, Any]) 
 
     row = engine.new_scheduler().new_sequence(engine.build_request("a dog", "image", guidance=2.0))
     said = serialize_segment(row.state.spec, engine.model.vocabulary, [], "span", 0)
-    with pytest.raises(VLLMValidationError, match="no span"):
+    with pytest.raises(VLLMValidationError, match="no segment"):
         engine.llm.add_request(
             "x", {"prompt_token_ids": [1, 2]}, SamplingParams(temperature=0, extra_args={EXTRA_ARGS_KEY: said | harm})
         )
-    with pytest.raises(VLLMValidationError, match="its own sampling"):
+    with pytest.raises(VLLMValidationError, match="sampling options of its own"):
         engine.llm.add_request(
             "x", {"prompt_token_ids": [1, 2]}, SamplingParams(temperature=1, extra_args={EXTRA_ARGS_KEY: said})
         )

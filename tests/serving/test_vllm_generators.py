@@ -77,7 +77,7 @@ def assert_same(one: Any, other: Any) -> bool:
 
 def assert_unchanged(engine: Any) -> bool:
     """Has vLLM no requests left?"""
-    return not engine.llm.has_unfinished_requests() and not scheduler(engine).groups and not engine._heard
+    return not engine.llm.has_unfinished_requests() and not scheduler(engine).groups and not engine._pending_outputs
 
 
 def stories(generator: str, **options: Any) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import pytest
 
 from tests.training.test_trainer import RECIPE
 from unigen.commands.main import main
-from unigen.config import load_json
+from unigen.utils.files import load_json
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from unigen.config import OptimConfig, RunConfig, apply_overrides, load_json
+from unigen.config import OptimConfig, RunConfig, apply_overrides
 from unigen.tokenizers.quantize import VectorQuantizer
 from unigen.training import checkpoint
 from unigen.training.checkpoint import EMA, list_checkpoints, load_checkpoint, lock_run
@@ -35,6 +35,7 @@ from unigen.training.recipe import run_recipe
 from unigen.training.stream import feistel_permutation
 from unigen.training.train_spec import TrainSpec
 from unigen.training.trainer import Trainer
+from unigen.utils.files import load_json
 
 
 class NoisyDataset:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from unigen.backends.diffusers_engine import DiffusersEngine
 from unigen.backends.diffusers_support import call_parameters
-from unigen.config import from_dict, save_json
+from unigen.config import from_dict
 from unigen.diffusion.denoiser import PromptEmbeds
 from unigen.document import Document
 from unigen.hub.folders import replacing_folder
@@ -40,6 +40,7 @@ from unigen.hub.resolve import CONFIG, read_json
 from unigen.hub.weights import load_strict, read_tensors, write_tensors
 from unigen.inference.protocol import EngineInfo, InferenceEngine
 from unigen.model.template import UnsupportedError
+from unigen.utils.files import save_json
 
 if TYPE_CHECKING:
     from unigen.backends.diffusers_support import Pipeline

@@ -76,6 +76,7 @@ def serialize_segment(
         "stop_token_ids": list(spec.stop_token_ids),
         "context_ids": sorted(spec.context_ids),
         "forbidden": forbidden if spec.grid is None else [],
+        "record_logprobs": spec.record_logprobs,
     }
 
 
@@ -111,37 +112,38 @@ class Branch:
     """One row of the batch: a branch of a segment.
 
     Args:
-        said: what `serialize_segment` returned.
+        payload: what `serialize_segment` returned.
         ids: of the segment so far; vLLM appends to this list.
 
     Raises:
         ValueError: for bad arguments; LookupError, TypeError and AttributeError are raised, too.
     """
 
-    def __init__(self, said: dict[str, Any], ids: list[int]) -> None:
+    def __init__(self, payload: dict[str, Any], ids: list[int]) -> None:
         self.ids = ids
-        self.group, self.branch = str(said["group"]), int(said["branch"])
-        guidance = Guidance(tuple(said["scales"]))
-        self.branches = guidance.num_branches
-        if not guidance.scales or not 0 <= self.branch < self.branches:
-            raise ValueError(f"branch {self.branch} of {self.branches}, scales {guidance.scales}")
-        text_size, first, image_size = (int(n) for n in said["vocabulary"])
+        self.group, self.branch = str(payload["group"]), int(payload["branch"])
+        guidance = Guidance(tuple(payload["scales"]))
+        self.num_branches = guidance.num_branches
+        if not guidance.scales or not 0 <= self.branch < self.num_branches:
+            raise ValueError(f"branch {self.branch} of {self.num_branches}, scales {guidance.scales}")
+        text_size, first, image_size = (int(n) for n in payload["vocabulary"])
         self.vocabulary = Vocabulary(text_size, image_size, first)
-        self.forbidden_ids = [int(id) for id in said["forbidden"]]
-        grid = said["grid"]
+        self.forbidden_ids = [int(id) for id in payload["forbidden"]]
+        grid = payload["grid"]
         self.spec = SegmentSpec(
             begin_id=0,
-            sampling=SamplingOptions(**said["sampling"]),
+            sampling=SamplingOptions(**payload["sampling"]),
             guidance=guidance,
             rng=torch.Generator(),
             grid=None if grid is None else (int(grid[0]), int(grid[1])),
-            row_end_ids=tuple(said["row_end_ids"]),
-            stop_token_ids=tuple(said["stop_token_ids"]),
-            context_ids=frozenset(said.get("context_ids", ())),
+            row_end_ids=tuple(payload["row_end_ids"]),
+            stop_token_ids=tuple(payload["stop_token_ids"]),
+            context_ids=frozenset(payload.get("context_ids", ())),
+            record_logprobs=bool(payload.get("record_logprobs", False)),
         )
-        self.seed = int(said["seed"])
+        self.seed = int(payload["seed"])
         self.spec.rng.manual_seed(self.seed)
-        self._drawn = 0
+        self._num_draws = 0
 
     def forced_id(self) -> int | None:
         """The next id where it is not sampled: what stands between the rows of an image. None where it is sampled."""
@@ -158,19 +160,22 @@ class Branch:
             width = self.spec.grid[1]
             row, column = divmod(draws, width + len(self.spec.row_end_ids))
             draws = row * width + column
-        if draws < self._drawn:
+        if draws < self._num_draws:
             self.spec.rng.manual_seed(self.seed)
-            self._drawn = 0
+            self._num_draws = 0
         scores_1V = torch.zeros(1, self.vocabulary.text_size if self.spec.grid is None else self.vocabulary.image_size)
-        for _ in range(self._drawn, draws):
+        for _ in range(self._num_draws, draws):
             sample(scores_1V, self.spec.sampling, [self.spec.rng])
-        self._drawn = draws + 1
+        self._num_draws = draws + 1
         return GenerationState(self.spec, pending_ids=[], ids=list(self.ids))
 
 
 class GuidedSampler(LogitsProcessor):
-    """A logits processor that samples the ids of spans, and leaves one finite logit in each row. vLLM calls it with
-    its own arguments."""
+    """A logits processor that samples the ids of segments, and leaves one finite logit in each row.
+
+    That logit is the log-probability of the id under the distribution from which it was sampled, where the segment
+    records it, else 0. vLLM hands it back (`logprobs_mode="processed_logits"`). vLLM passes its own arguments.
+    """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         self.rows: dict[int, Branch] = {}
@@ -191,12 +196,16 @@ class GuidedSampler(LogitsProcessor):
         try:
             Branch(payload, [])
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ValueError(f"extra_args[{EXTRA_ARGS_KEY!r}] is no span: {type(error).__name__}: {error}") from error
+            raise ValueError(
+                f"extra_args[{EXTRA_ARGS_KEY!r}] is no segment: {type(error).__name__}: {error}"
+            ) from error
         has_default_sampling = (
             params.temperature == 0 and params.repetition_penalty == 1 and not params.allowed_token_ids
         )
         if not has_default_sampling or params.presence_penalty or params.frequency_penalty:
-            raise ValueError("a span is drawn by its own sampling: leave vLLM's at temperature 0, without penalties")
+            raise ValueError(
+                "a segment is sampled by its own options: leave vLLM's at temperature 0, without penalties"
+            )
 
     def is_argmax_invariant(self) -> bool:
         """False: the processor changes which id has the largest logit."""
@@ -233,7 +242,7 @@ class GuidedSampler(LogitsProcessor):
         for branches in groups.values():
             rows = [branches[number] for number in sorted(branches)]
             first = self.rows[rows[0]]
-            if len(rows) != first.branches or any(len(self.rows[row].ids) != len(first.ids) for row in rows):
+            if len(rows) != first.num_branches or any(len(self.rows[row].ids) != len(first.ids) for row in rows):
                 continue
             if (id := first.forced_id()) is not None:
                 force_id(logits_RV, rows, id)
@@ -247,7 +256,8 @@ class GuidedSampler(LogitsProcessor):
                 LogitsModel(vocabulary), states, [[logits_RV[row, None] for row in rows] for rows in row_groups]
             )
             for rows, state in zip(row_groups, states, strict=True):
-                force_id(logits_RV, rows, state.pending_ids[0] if state.finite else non_finite_id(vocabulary, is_text))
+                id = state.pending_ids[0] if state.finite else non_finite_id(vocabulary, is_text)
+                force_id(logits_RV, rows, id, state.logprobs[-1] if state.logprobs else 0.0)
         return logits_RV
 
 
@@ -264,16 +274,17 @@ def non_finite_id(vocabulary: Vocabulary, is_text: bool) -> int:
     return vocabulary.image_start if is_text else 0 if vocabulary.image_start > 0 else vocabulary.image_stop
 
 
-def force_id(logits_RV: Tensor, rows: list[int], id: int) -> None:
+def force_id(logits_RV: Tensor, rows: list[int], id: int, logit: float = 0.0) -> None:
     """Leave one id finite in some rows.
 
     Args:
         logits_RV: logits, changed in place.
         rows: indices of the rows.
         id: the id.
+        logit: its logit.
     """
     logits_RV[rows] = -torch.inf
-    logits_RV[rows, id] = 0.0
+    logits_RV[rows, id] = logit
 
 
 class GuidedScheduler(Scheduler):

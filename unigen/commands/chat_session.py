@@ -24,13 +24,13 @@ from urllib.parse import unquote
 
 from PIL.Image import Image, Resampling
 
-from unigen.config import load_json
 from unigen.document import Document, Segment
 from unigen.media.display import png_bytes
 from unigen.media.images import read_image
 from unigen.media.output import check_output, save_image, write_text
 from unigen.model.template import Output, default_output
 from unigen.samplers.seeds import offset_seed
+from unigen.utils.files import load_json
 from unigen.utils.numbers import parse_int
 from unigen.utils.option_types import SEED
 from unigen.utils.text import did_you_mean

@@ -22,11 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unigen.config import save_json
 from unigen.hub.folders import replacing_folder
 from unigen.hub.resolve import read_json
 from unigen.hub.weights import load_strict, read_tensors, write_tensors
 from unigen.nn.conv import to_channels_last
+from unigen.utils.files import save_json
 
 STRIDE = 4
 DEFAULT_FOLDER = Path(__file__).resolve().parent.parent / "assets" / "scene-detector"

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, Sel
 
 import numpy as np
 
-from unigen.config import write_report
 from unigen.evaluation.report import Report, make_folder, write_outputs
 from unigen.evaluation.task import Example, OutputT, Scores, Task, bootstrap_mean
 from unigen.inference.protocol import InferenceEngine, OptionValue
@@ -33,6 +32,7 @@ from unigen.options import given_arguments, groups_for
 from unigen.samplers.seeds import derive_seed
 from unigen.utils import progress
 from unigen.utils.argparser import non_empty
+from unigen.utils.files import write_report
 from unigen.utils.option_types import COUNT, SEED
 from unigen.utils.text import did_you_mean, docstring_summary
 

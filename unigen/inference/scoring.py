@@ -45,7 +45,7 @@ CAPTION_WEIGHT, IMAGE_WEIGHT = 0.7, 0.3
 def log_likelihood(
     model: UnifiedModel,
     batch: Batch,
-    blind: Batch | None = None,
+    uncond: Batch | None = None,
     guidance: Guidance | None = None,
     temperature: float = 1.0,
     rng: torch.Generator | None = None,
@@ -61,7 +61,7 @@ def log_likelihood(
     Args:
         model: the model.
         batch: packed rows with all ids.
-        blind: the same documents with unconditional prompts, for guidance.
+        uncond: the same documents with unconditional prompts, for guidance.
         guidance: guidance under which images were sampled; None is none.
         temperature: temperature at which codes were sampled.
         rng: random generator of masks, orders, times and noise; None where no image needs one.
@@ -80,10 +80,10 @@ def log_likelihood(
     start = None if rng is None else rng.get_state()
     sides = [_encode(model, batch, image_generators, rng)]
     if is_guided:
-        assert blind is not None, "guidance needs the blind branch"
+        assert uncond is not None, "guidance needs the unconditional branch"
         if rng is not None and start is not None:
             rng.set_state(start)
-        sides.append(_encode(model, blind, image_generators, rng))
+        sides.append(_encode(model, uncond, image_generators, rng))
     rows, positions, text = _text_log_probs(model, sides[0])
     total_D = text.new_zeros(int(documents_B.sum())).index_add(0, number_BL[rows, positions], text)
 

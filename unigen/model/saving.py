@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
-from unigen.config import save_json
 from unigen.hub.folders import replacing_folder
 from unigen.hub.resolve import MANIFEST
 from unigen.hub.weights import silence_transformers, write_tensors
 from unigen.model.readers import VisionEncoder
 from unigen.nn.backbone import Backbone
 from unigen.tokenizers import ImageTokenizer, save_tokenizer, text
+from unigen.utils.files import save_json
 
 VISION_FOLDER = "vision_encoder"
 OLD_VISION_FOLDER = "sight"

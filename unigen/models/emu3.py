@@ -21,7 +21,6 @@ import torch
 from PIL import Image
 
 from unigen.batch import Layout, Tokens, Vocabulary
-from unigen.config import save_json
 from unigen.document import Document, Segment
 from unigen.generators.base import Generator
 from unigen.generators.next_token import NextToken, Text
@@ -33,6 +32,7 @@ from unigen.nn.backbone import Backbone
 from unigen.options import DEFAULT_GENERATOR
 from unigen.tokenizers import load_image_tokenizer, text
 from unigen.tokenizers.emu3_vq import Emu3VQ
+from unigen.utils.files import save_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

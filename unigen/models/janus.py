@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from unigen.batch import Layout, Tokens, Vocabulary
-from unigen.config import save_json
 from unigen.document import Document, Segment
 from unigen.generators.base import Generator
 from unigen.generators.next_token import NextToken, Text
@@ -39,6 +38,7 @@ from unigen.model.unified import UnifiedModel
 from unigen.nn.janus import JanusBackbone
 from unigen.options import DEFAULT_GENERATOR
 from unigen.tokenizers import load_image_tokenizer, text, vqgan
+from unigen.utils.files import save_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

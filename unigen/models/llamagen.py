@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 
 from unigen.batch import Tokens, Vocabulary
-from unigen.config import save_json
 from unigen.document import Document
 from unigen.generators.base import Generator
 from unigen.generators.next_token import NextToken
@@ -40,6 +39,7 @@ from unigen.model.unified import UnifiedModel
 from unigen.nn.llamagen import ClassBackbone, LlamaGenBackbone, TextBackbone
 from unigen.tokenizers import ImageTokenizer, load_image_tokenizer, text, vqgan
 from unigen.utils.captions import clean_caption
+from unigen.utils.files import save_json
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedTokenizerBase

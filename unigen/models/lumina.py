@@ -33,7 +33,6 @@ from PIL import Image
 from torch import Tensor
 
 from unigen.batch import Layout, Tokens
-from unigen.config import save_json
 from unigen.document import Document, Segment
 from unigen.hub.resolve import CONFIG, MANIFEST, read_json
 from unigen.hub.weights import load_pretrained, read_weights
@@ -43,6 +42,7 @@ from unigen.models import chameleon
 from unigen.models.chameleon import BOI, EOI, EOT, MASK_LOGITS_KEY, ChameleonTemplate
 from unigen.options import DEFAULT_GENERATOR
 from unigen.tokenizers import text, vqgan
+from unigen.utils.files import save_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -28,7 +28,6 @@ from PIL import Image
 from torch import Tensor
 
 from unigen.batch import Layout, Tokens, Vocabulary
-from unigen.config import save_json
 from unigen.document import Document, Segment
 from unigen.generators.base import GenerationState, Generator, StepInput
 from unigen.generators.masked import Masked, MaskedState
@@ -39,6 +38,7 @@ from unigen.model.template import Output, PretrainedTemplate, UnsupportedError
 from unigen.model.unified import UnifiedModel
 from unigen.nn.backbone import Backbone
 from unigen.tokenizers import load_image_tokenizer, magvit2, text
+from unigen.utils.files import save_json
 
 if TYPE_CHECKING:
     from transformers import PhiForCausalLM, PreTrainedTokenizerBase

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, normalize, scaled_dot_product_attention, silu
 
 from unigen.batch import Vocabulary
-from unigen.config import save_json
 from unigen.generators.base import Generator
 from unigen.generators.next_scale import NextScale
 from unigen.hub.resolve import CONFIG, MANIFEST, read_json
@@ -35,6 +34,7 @@ from unigen.model.unified import UnifiedModel
 from unigen.nn.backbone import Backbone
 from unigen.nn.cache import SlotCache
 from unigen.tokenizers import load_image_tokenizer, var_vq
+from unigen.utils.files import save_json
 
 SCALES_BY_LENGTH = {680: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), 2240: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)}
 """Sides of the scales by the codes of a picture, for files that do not hold the scale of each code."""

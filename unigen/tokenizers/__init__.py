@@ -20,9 +20,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from unigen.config import save_json
 from unigen.hub.resolve import read_json
 from unigen.hub.weights import load_strict, read_tensors, write_tensors
+from unigen.utils.files import save_json
 
 if TYPE_CHECKING:
     import torch

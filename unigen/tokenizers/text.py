@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unigen.batch import Tokens
-from unigen.config import save_json
 from unigen.hub.resolve import CONFIG, read_json
 from unigen.hub.weights import silence_transformers
 from unigen.options import DEFAULT_GENERATOR
+from unigen.utils.files import save_json
 from unigen.utils.text import first_line
 
 if TYPE_CHECKING:

@@ -19,10 +19,10 @@ from typing import IO, Any, BinaryIO, cast
 import torch
 from torch import Tensor, nn
 
-from unigen.config import load_json, save_json
 from unigen.hub.folders import clear_scratch, lock, replacing_folder, unlock
 from unigen.training.peers import is_alive
 from unigen.utils.disk import disk_errors
+from unigen.utils.files import load_json, save_json
 
 
 class EMA:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from unigen.config import RunConfig, load_json, rename_stored_keys, save_json, to_dict
+from unigen.config import RunConfig, rename_stored_keys, to_dict
 from unigen.hub.weights import rename_old_keys
 from unigen.training.checkpoint import (
     EMA,
@@ -33,6 +33,7 @@ from unigen.training.checkpoint import (
 )
 from unigen.training.logs import MetricAccumulator
 from unigen.training.train_spec import TrainSpec
+from unigen.utils.files import load_json, save_json
 
 
 @dataclass
