@@ -69,8 +69,10 @@ def test_text_is_drawn_as_by_anoles_scripts(folder: Path, tmp_path: Path) -> Non
         assert template.prompt(asked, output="text").ids == [start, *words, end]
         assert template.prompt(asked, output="image").ids == [start, *words, end]
         for output in ("text", "interleaved"):
-            assert engine.build_request(case.WORDS, output).text == SamplingOptions(1.0, 0, 0.9, 1.2)  # type: ignore[arg-type]
-        told = engine.build_request(case.WORDS, "text", temperature=0.0, top_p=1.0, repetition_penalty=1.0).text
+            assert engine.build_request(case.WORDS, output).text_sampling == SamplingOptions(1.0, 0, 0.9, 1.2)  # type: ignore[arg-type]
+        told = engine.build_request(
+            case.WORDS, "text", temperature=0.0, top_p=1.0, repetition_penalty=1.0
+        ).text_sampling
         assert told == SamplingOptions(0.0)
     assert engine.info()["sampling"]["text"] == chameleon.TEXT_SAMPLING
     with pytest.raises(ValueError, match="next-token does not take repetition_penalty"):

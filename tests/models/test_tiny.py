@@ -142,7 +142,7 @@ def test_a_model_says_how_it_is_drawn_from(tiny_folder: Path, tmp_path: Path) ->
         1.0,
     )
     assert (told.guidance.scales, told.image_sampling) == ((4.0,), SamplingOptions(0.5, 0, 1.0))
-    assert engine.build_request("a", "image", generator="masked").image == SamplingOptions(0.8, 0, 1.0)
+    assert engine.build_request("a", "image", generator="masked").image_sampling == SamplingOptions(0.8, 0, 1.0)
     assert engine.info()["sampling"]["next-token"] == {"guidance": 2.5, "temperature": 0.8, "top_k": 0, "top_p": 0.6}
     assert engine.info()["sampling"]["flow"] == {"guidance": 3.0, "steps": 20, "solver": "euler", "guider": "cfg"}
 

@@ -310,6 +310,32 @@ def test_vllm_engine_has_the_engine_api(engine: Any, local: Any) -> None:
     assert info["backbone"] == local.info()["backbone"]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"output": "image", "guidance": 3.0, "temperature": 0.9, "top_k": 40},
+        {"output": "image", "guidance": 1.0, "temperature": 0.0},
+        {"output": "text", "temperature": 1.2, "top_p": 0.9, "max_tokens": 12},
+        {"output": "interleaved", "temperature": 1.0, "max_tokens": 8, "max_images": 1},
+    ],
+)
+def test_log_probabilities_are_those_of_the_local_engine(engine: Any, local: Any, options: dict[str, Any]) -> None:
+    """Of the distribution from which ids are sampled: guided, warped. The negative control hands back no logits."""
+    from unigen.backends import vllm_guidance
+
+    found, expected = (
+        e.generate_results(["two apples"], [3], record=Record(logprobs=True), **options)[0] for e in (engine, local)
+    )
+    assert found.logprobs is not None and expected.logprobs is not None and len(expected.logprobs) > 1
+    torch.testing.assert_close(found.logprobs, expected.logprobs, atol=1e-4, rtol=0)
+    force_id = vllm_guidance.force_id
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vllm_guidance, "force_id", lambda logits, rows, id, logit=0.0: force_id(logits, rows, id))
+        control = engine.generate_results(["two apples"], [3], record=Record(logprobs=True), **options)[0]
+    assert bool((control.logprobs == 0).all()) and (expected.logprobs - control.logprobs).abs().max() > 0.1
+    assert engine.generate_results(["two apples"], [3], **options)[0].logprobs is None
+
+
 def test_closed_stream_leaves_nothing_behind(engine: Any) -> None:
     stream = engine.stream("a story", max_tokens=200, seed=1)
     next(stream)
@@ -396,32 +422,6 @@ def test_random_draws_are_reproducible(engine: Any) -> None:
     assert len(set(first)) > 1
     assert [drawn(count) for count in (4, 4, 0, 2, 3)] == [first[count] for count in (4, 4, 0, 2, 3)]
     assert int(sample(scores, branch.spec.sampling, [branch.spec.rng])) != first[3]
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"output": "image", "guidance": 3.0, "temperature": 0.9, "top_k": 40},
-        {"output": "image", "guidance": 1.0, "temperature": 0.0},
-        {"output": "text", "temperature": 1.2, "top_p": 0.9, "max_tokens": 12},
-        {"output": "interleaved", "temperature": 1.0, "max_tokens": 8, "max_images": 1},
-    ],
-)
-def test_log_probabilities_are_those_of_the_local_engine(engine: Any, local: Any, options: dict[str, Any]) -> None:
-    """Of the distribution from which ids are sampled: guided, warped. The negative control hands back no logits."""
-    from unigen.backends import vllm_guidance
-
-    found, expected = (
-        e.generate_results(["two apples"], [3], record=Record(logprobs=True), **options)[0] for e in (engine, local)
-    )
-    assert found.logprobs is not None and expected.logprobs is not None and len(expected.logprobs) > 1
-    torch.testing.assert_close(found.logprobs, expected.logprobs, atol=1e-4, rtol=0)
-    force_id = vllm_guidance.force_id
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vllm_guidance, "force_id", lambda logits, rows, id, logit=0.0: force_id(logits, rows, id))
-        control = engine.generate_results(["two apples"], [3], record=Record(logprobs=True), **options)[0]
-    assert bool((control.logprobs == 0).all()) and (expected.logprobs - control.logprobs).abs().max() > 0.1
-    assert engine.generate_results(["two apples"], [3], **options)[0].logprobs is None
 
 
 @pytest.mark.parametrize(
