@@ -8,7 +8,8 @@ Does not depend on: composed models, diffusers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +22,9 @@ from unigen.inference.base import BaseEngine, check_record
 from unigen.inference.options import MAX_TOKENS
 from unigen.inference.protocol import EngineInfo, OptionValue
 from unigen.inference.request import zip_with_seeds
-from unigen.inference.results import RECORD_NOTHING, GenerationResult, Record, Usage
+from unigen.inference.results import RECORD_NOTHING, GenerationResult, Record, Score, Usage
 from unigen.media.images import ImageSource, read_image
-from unigen.model.template import Output, split_system_messages
+from unigen.model.template import Output, UnsupportedError, split_system_messages
 from unigen.models import to_float32
 from unigen.nn.quantized import count_parameters, describe_precision, quantize
 from unigen.options import reject_unknown
@@ -202,7 +203,57 @@ class TransformersEngine(BaseEngine):
             raise NonFiniteError("states", self.model.dtype)
         return states_SD
 
-    def _build_inputs(self, document: Document) -> BatchEncoding:
+    def score(self, documents: Sequence[Document], *, per_token: bool = False) -> list[Score]:
+        """See `InferenceEngine.score`. The end of a turn is one of the scored ids.
+
+        Args:
+            documents: each with at least one text of the assistant.
+            per_token: whether to return the log-probability of each id.
+
+        Returns:
+            One score for each document.
+
+        Raises:
+            ValueError: in one line, for a document that the model cannot read, and for chat templates that write an
+                earlier turn in another way once the next one is there.
+        """
+        return [self._score(Document.of(document), per_token) for document in documents]
+
+    @torch.inference_mode()
+    def _score(self, document: Document, per_token: bool) -> Score:
+        answers = [segment for segment in document.segments if segment.role == "assistant"]
+        if not answers:
+            raise ValueError("the assistant says nothing in this document: there is nothing to score")
+        if any(segment.image is not None for segment in answers):
+            raise UnsupportedError("this model scores text alone: leave the assistant's pictures out")
+        inputs = self._build_inputs(document, add_generation_prompt=False).to(self.model.device)
+        ids_L = inputs["input_ids"][0]
+        is_scored_L = torch.zeros_like(ids_L, dtype=torch.bool)
+        for start, stop in self._answer_spans(document, ids_L.tolist()):
+            is_scored_L[start:stop] = True
+        logits_LV = self.model(**inputs, use_cache=False).logits[0].float()
+        if not bool(logits_LV.isfinite().all()):
+            raise NonFiniteError("scores", self.model.dtype)
+        logprobs_L = logits_LV[:-1].log_softmax(-1).gather(-1, ids_L[1:, None])[:, 0]  # of ids 1 ..
+        logprobs_T = logprobs_L[is_scored_L[1:]].cpu()
+        return Score(float(logprobs_T.sum()), ids_L[is_scored_L].tolist(), logprobs_T if per_token else None)
+
+    def _answer_spans(self, document: Document, ids: list[int]) -> Iterator[tuple[int, int]]:
+        """Start and stop of each turn of the assistant among the ids of a document, with the id that ends it."""
+        end_ids, position = self._end_ids(), 0
+        for role, turn in groupby(document.segments, key=lambda segment: segment.role):
+            first, position = position, position + len([*turn])
+            if role != "assistant":
+                continue
+            prompt = self._build_inputs(Document(document.segments[:first]))["input_ids"][0].tolist()
+            if ids[: len(prompt)] != prompt:
+                raise UnsupportedError("the chat template of this model changes earlier turns: score them one by one")
+            whole = self._build_inputs(Document(document.segments[:position]), add_generation_prompt=False)
+            stop = whole["input_ids"].shape[1]
+            ends = (index + 1 for index in range(len(prompt), stop) if ids[index] in end_ids)
+            yield len(prompt), next(ends, stop)
+
+    def _build_inputs(self, document: Document, add_generation_prompt: bool = True) -> BatchEncoding:
         self._check_segments(document)
         messages: list[dict[str, Any]] = []
         system, segments = split_system_messages(document.segments)
@@ -222,7 +273,7 @@ class TransformersEngine(BaseEngine):
 
         return self.processor.apply_chat_template(  # type: ignore[return-value]
             text.merge_system_message(messages, render),
-            add_generation_prompt=True,
+            add_generation_prompt=add_generation_prompt,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
