@@ -18,6 +18,18 @@ from PIL import Image
 import unigen
 from unigen.document import Document, Segment
 from unigen.inference.engine import GENERATE_OPTIONS, Engine
+from unigen.options import merge_declared
+from unigen.samplers.options import CodeSampling, GuidanceOptions, TextSampling
+
+
+def takes(name: str, value: object) -> bool:
+    """Whether an option of all generators takes a value."""
+    _, declared = merge_declared((GuidanceOptions, CodeSampling, TextSampling)).get(name, (None, None))
+    try:
+        return declared is not None and declared.type.check(name, value) is not None
+    except ValueError:
+        return False
+
 
 VALUES: dict[str, Any] = {
     "none": None,
@@ -50,25 +62,9 @@ VALUES: dict[str, Any] = {
 }
 RIGHT = {
     "none": {  # left to the model
-        *("generate.temperature", "generate.top_k", "generate.top_p", "generate.repetition_penalty", "generate.steps"),
-        *("generate.generator", "generate.guidance", "generate.solver", "generate.guider", "generate.size"),
-        *(
-            "generate.accelerate",
-            "generate.fixed_codes",
-            "generate.negative_prompt",
-            "generate_batch.seeds",
-            "describe.question",
-        ),
-        *(
-            "flow.steps",
-            "flow.solver",
-            "flow.guider",
-            "masked.steps",
-            "masked.fixed_codes",
-            "inpaint.generator",
-            "joint.text",
-        ),
-        *("joint.image", "Document.size", "load.name", "generate.max_tokens", "generate.max_images"),
+        *(f"generate.{name}" for name in GENERATE_OPTIONS if name not in ("n", "candidates", "seed", "previews")),
+        *("generate_batch.seeds", "describe.question", "flow.steps", "flow.solver", "flow.guider", "masked.steps"),
+        *("masked.fixed_codes", "inpaint.generator", "joint.text", "joint.image", "Document.size", "load.name"),
         *("stream.max_images", "stream.previews"),
     },
     "empty": {"generate.negative_prompt", "Segment.text", "Segment.image", "Segment.label"},
@@ -81,7 +77,7 @@ RIGHT = {
     "half": {"Segment.image", "Segment.label"},
     "minus one": {"Document.of", "Segment.label"},
     "huge": {"Document.of", "Segment.label"},
-    "half of one": {"generate.temperature", "generate.top_p", "generate.guidance"},
+    "half of one": {f"generate.{name}" for name in GENERATE_OPTIONS if takes(name, 0.5)},
     "bytes": {"Segment.image"},
     "list": {"generate_batch.prompts", "Document.segments"},
     "path": {"Document.of", "Segment.image"},
