@@ -69,6 +69,7 @@ class AnswerBuilder:
 
     @property
     def images(self) -> list[Image.Image]:
+        """The images of the answer, in order."""
         return [part for part in self.parts if not isinstance(part, str)]
 
 

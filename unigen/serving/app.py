@@ -145,6 +145,7 @@ def run(
         port: port that is listened on.
         max_sequences: sequences that are generated at a time.
         max_jobs: answers that may run and wait.
+
     Raises:
         ValueError: the model cannot be loaded, or the address is not available.
     """

@@ -79,6 +79,7 @@ class BoundedRequest(Request):
     """A request whose JSON is parsed in a thread, within the limits."""
 
     async def json(self) -> object:
+        """The body as JSON, parsed once. Raises HTTPError for a body that is none."""
         if not hasattr(self, "_json"):
             data = await self.body()
             self._json = await asyncio.to_thread(parse_json, data)
@@ -89,6 +90,7 @@ class BoundedRoute(APIRoute):
     """A route that reads its body as `BoundedRequest` does."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The handler of FastAPI's, which gets a `BoundedRequest`."""
         handler = super().get_route_handler()
 
         async def handle_bounded(request: Request) -> Response:

@@ -70,6 +70,7 @@ class TimedConnection(H11Protocol):
         self._h11_next_event, self.conn.next_event = self.conn.next_event, self._next_checked_event  # type: ignore[method-assign]
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Count the connection for its client, and wait for the first headers."""
         super().connection_made(transport)
         self._start_header_timer()
         host = self.client[0] if self.client else ""
@@ -81,6 +82,7 @@ class TimedConnection(H11Protocol):
                 transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Stop the timers, and give the connection back."""
         self._stop_header_timer()
         self._stop_read_timer()
         if self._client_id is not None:
@@ -115,6 +117,7 @@ class TimedConnection(H11Protocol):
         return event
 
     def data_received(self, data: bytes) -> None:
+        """Read bytes of a request, and restart the timer of its headers."""
         if self.transport.is_closing():
             return
         if not self.transport.get_write_buffer_size():
@@ -126,14 +129,17 @@ class TimedConnection(H11Protocol):
             self._stop_header_timer()
 
     def on_response_complete(self) -> None:
+        """Wait for the client to read what is still buffered."""
         self._start_read_timer()
         super().on_response_complete()
 
     def pause_writing(self) -> None:
+        """Start the timer of a client that does not read."""
         super().pause_writing()
         self._start_read_timer()
 
     def resume_writing(self) -> None:
+        """Stop the timer of a client that does not read."""
         super().resume_writing()
         self._stop_read_timer()
 

@@ -165,8 +165,10 @@ class ImageDecoder:
             max_pixels: size to which larger images are reduced; None keeps them as they are. Many images are reduced
                 further, so that together they have at most `MAX_TOTAL_READ_PIXELS`, times their copies.
             client: who sent them. Between two images of one client those of others are decoded.
+
         Returns:
             The images in RGB, masks in L.
+
         Raises:
             ImageError: an image cannot be decoded, or they are too many or too large together.
             DecoderBusy: the images of other requests leave no room now, or the process cannot be started now.

@@ -106,6 +106,7 @@ def validation_message(error: Mapping[str, Any]) -> tuple[str, str | None]:
 
     Args:
         error: an entry of `ValidationError.errors()`.
+
     Returns:
         The message in one line, and the path of the field, as in "messages.0.content".
     """

@@ -39,6 +39,7 @@ def parse_form_fields(kind: type[BaseModel], fields: dict[str, str]) -> dict[str
     Args:
         kind: the schema of the fields, whose annotations say which are numbers.
         fields: texts by name; options may have their old names.
+
     Returns:
         Values by name. A text that is no number stays as it is, for the error.
     """

@@ -92,6 +92,7 @@ class GuardMiddleware:
         self._pending_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, or refuse it. The arguments are those of ASGI."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -199,6 +200,7 @@ class GuardMiddleware:
         )
 
     def too_large_message(self) -> str:
+        """The line of the error for a body that is too long."""
         return f"the request is longer than {self.limits.max_body_bytes} bytes"
 
     def reserve_bytes(self, num_bytes: int) -> None:

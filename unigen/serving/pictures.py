@@ -53,6 +53,7 @@ def open_image(data: bytes, name: str = "the picture") -> Image.Image:
     Args:
         data: the bytes of a file.
         name: of the image, for the error.
+
     Raises:
         ValueError: it is not an image of these formats, or larger than `unigen.media.images.MAX_PIXELS`.
     """
@@ -75,8 +76,10 @@ def decode_image(data: bytes | Image.Image, max_pixels: int | None = None) -> Im
     Args:
         data: the bytes of a file, or the result of `open_image`.
         max_pixels: size to which a larger image is reduced, while it is decoded where its format allows that.
+
     Returns:
         The image in RGB.
+
     Raises:
         ValueError: it is not an image, or larger than `unigen.media.images.MAX_PIXELS`.
     """
@@ -95,9 +98,11 @@ def decode_mask(data: bytes | Image.Image) -> Image.Image:
 
     Args:
         data: the bytes of a file, or the result of `open_image`.
+
     Returns:
         The mask in L. It is white where the file is transparent, as OpenAI has it, or where the file is white if it has
         no transparent pixel.
+
     Raises:
         ValueError: as `decode_image`.
     """
@@ -169,6 +174,7 @@ async def fetch_image(url: str, max_bytes: int) -> bytes:
     Args:
         url: the address; redirects are checked as it is.
         max_bytes: size of the file.
+
     Raises:
         ValueError: the address is private or not http(s), does not answer in time or not with an image, or the image is
             too large.
@@ -261,6 +267,7 @@ def encode_image(image: Image.Image, format: str = "png", quality: int | None = 
         image: the image.
         format: "png", "jpeg" or "webp".
         quality: of JPEG and WebP, 0 to 100; None is `DEFAULT_QUALITY`.
+
     Returns:
         The bytes of the file.
     """

@@ -109,7 +109,8 @@ if TYPE_CHECKING:
         temperature: float | None
         top_p: float | None
 
-    class EditFields(StrictModel): ...
+    class EditFields(StrictModel):
+        """The fields of an edit that the server reads by name."""
 
 else:
     DrawingFields = derive_fields("DrawingFields", groups_for(collect(), *DRAWING))
@@ -163,12 +164,16 @@ FORM_OPTIONS = ("seed", "n", "candidates", "previews", "max_tokens", "max_images
 
 
 class ImageUrl(StrictModel):
+    """An image by its address: a data URI, or a link where the server fetches."""
+
     url: str
     detail: Literal["auto", "low", "high", "original"] = "auto"
     format: LabelText | None = None
 
 
 class TextPart(StrictModel):
+    """A text in a message."""
+
     type: Literal["text"]
     text: str = Field(max_length=MAX_TEXT_LENGTH)
     cache_control: dict[str, object] | None = None
@@ -177,11 +182,15 @@ class TextPart(StrictModel):
 
 
 class RefusalPart(StrictModel):
+    """The assistant's refusal in a message."""
+
     type: Literal["refusal"]
     refusal: str = Field(max_length=MAX_TEXT_LENGTH)
 
 
 class ImagePart(StrictModel):
+    """An image in a message."""
+
     type: Literal["image_url"]
     image_url: ImageUrl
     """An object with its url, or the url alone."""
@@ -281,6 +290,8 @@ class Message(StrictModel):
 
 
 class StreamOptions(StrictModel):
+    """Options of a stream."""
+
     include_usage: bool = False
     include_obfuscation: Annotated[object, accept_only(False, message="streams are not padded here: leave it out")] = (
         None
@@ -418,6 +429,7 @@ class ChatRequest(GenerationFields, ClientLabels):
         return self
 
     def options(self) -> dict[str, Any]:
+        """The options of the generation that the request gives, by name."""
         max_tokens = self.max_tokens or self.max_completion_tokens
         options = {"max_tokens": max_tokens, "max_images": self.max_images}
         return super().options() | {name: value for name, value in options.items() if value is not None}

@@ -69,6 +69,8 @@ class ImageTool(StrictModel):
 
 
 class TextFormat(StrictModel):
+    """The format of texts."""
+
     format: Annotated[object, accept_only({"type": "text"}, message='text alone is written here: {"type": "text"}')] = (
         None
     )
@@ -76,6 +78,8 @@ class TextFormat(StrictModel):
 
 
 class ResponseStreamOptions(StrictModel):
+    """Options of a stream."""
+
     include_obfuscation: Annotated[object, accept_only(False, message="streams are not padded here: leave it out")] = (
         None
     )
@@ -166,6 +170,7 @@ class ResponsesRequest(GenerationFields, ClientLabels):
         return None if self.tool_choice in (None, "auto") else ["image"]
 
     def options(self) -> dict[str, Any]:
+        """The options of the generation that the request gives, by name."""
         options = {"max_tokens": self.max_output_tokens, "max_images": self.max_tool_calls}
         return super().options() | {name: value for name, value in options.items() if value is not None}
 

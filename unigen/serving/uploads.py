@@ -58,6 +58,7 @@ class ImageLoader:
         Args:
             urls: data URIs, which are returned as they are, and http(s) addresses.
             param_paths: where each stands in the request, for the error.
+
         Raises:
             HTTPError: too many images, or one that cannot be fetched (status 400).
         """
@@ -98,6 +99,7 @@ class ImageLoader:
             param_paths: where each stands in the request, for the error.
             num_answers: how many answers use the images, each with a copy of its own.
             max_pixels: size to which larger images are reduced; None keeps them as they are.
+
         Raises:
             HTTPError: an image cannot be decoded (status 400), or the decoder is busy (429).
         """
@@ -117,8 +119,10 @@ class ImageLoader:
         Args:
             request: with a multipart body.
             body_type: schema of the form's fields.
+
         Returns:
             The fields, the image (RGB) and the mask (L).
+
         Raises:
             HTTPError: the form cannot be read or has the wrong files.
             RequestValidationError: a field is wrong.
@@ -201,8 +205,10 @@ class ImageStore:
         Args:
             data: the file.
             format: "png", "jpeg" or "webp".
+
         Returns:
             Its name in the folder.
+
         Raises:
             HTTPError: the disk does not take it (status 507).
         """
