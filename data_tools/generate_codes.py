@@ -39,7 +39,7 @@ from unigen.utils.numbers import parse_int
 from unigen.utils.option_types import number_argument
 
 GENERATOR = "next-scale"
-minutes_argument = number_argument(0, 100_000, whole=False, above=True)
+minutes_argument = number_argument(0, 100_000, is_integer=False, above=True)
 
 
 @torch.inference_mode()

@@ -47,7 +47,7 @@ DETECTOR_COMMANDS = (
     "python recipes/scene_detector.py runs/judge/model runs/judge/calibrated"
 )
 """The commands that make a detector to judge by."""
-MINUTES = number_argument(0, 100_000, whole=False, above=True)
+MINUTES = number_argument(0, 100_000, is_integer=False, above=True)
 TAG_SHARES = {"two_object": 0.25, "counting": 0.2, "colors": 0.1, "position": 0.1, "color_attr": 0.35}
 
 
@@ -58,8 +58,8 @@ def sample_prompts(count: int, seed: int) -> list[Example]:
     for tag, share in TAG_SHARES.items():
         tag_items: list[Example] = []
         while len(tag_items) < count * share:
-            more = make_prompts(tag, 100, seed + len(tag_items))  # few at once, since 3 in 10 are to be held out
-            tag_items += [item for item in more if not item.metadata["heldout"]]
+            new_items = make_prompts(tag, 100, seed + len(tag_items))  # few at once, since 3 in 10 are to be held out
+            tag_items += [item for item in new_items if not item.metadata["heldout"]]
         items += tag_items[: round(count * share)]
     return [items[k] for k in np.random.default_rng(seed).permutation(len(items))]
 
@@ -103,9 +103,9 @@ def judge_captions(engine: Any, task: UnderstandingTask, answers: int, seed: int
         cut = slice(i * answers, (i + 1) * answers)
         groups = tuple(tuple(group) for group in item.metadata["groups"])
         true = caption(Facts(groups, item.metadata["background"], item.metadata["relation"]))
-        given = [Segment(text=text, role="assistant") for text in (true, *captions[cut])]
+        answer_segments = [Segment(text=text, role="assistant") for text in (true, *captions[cut])]
         correct = [True, *(score["correct"] == 1 for score in scores[cut])]
-        lines.append(judged_record(document.segments, given, correct))
+        lines.append(judged_record(document.segments, answer_segments, correct))
     return lines
 
 

@@ -94,8 +94,8 @@ def make_row(world: SceneRenderer, seed: int, index: int, size: int, held_out: b
     short, long = expansion(scene, rng)
     tale = story(rng, references=int(rng.integers(3)), held_out=held_out, size=size)
 
-    def draw(one: Scene) -> dict[str, Any]:
-        return png_cell(world.render(one).image)
+    def draw(scene_to_draw: Scene) -> dict[str, Any]:
+        return png_cell(world.render(scene_to_draw).image)
 
     return {
         "index": index,
@@ -117,8 +117,8 @@ def make_row(world: SceneRenderer, seed: int, index: int, size: int, held_out: b
         "verdict": {"prompt": judgement.prompt, "ok": judgement.is_satisfied, "reason": judgement.reason},
         "story": {
             "request": tale.request,
-            "references": [draw(one) for one in tale.references],
-            "frames": [{"text": text, "image": draw(one)} for text, one in tale.pages],
+            "references": [draw(reference) for reference in tale.references],
+            "frames": [{"text": text, "image": draw(page)} for text, page in tale.pages],
         },
     }
 

@@ -192,10 +192,10 @@ def config_for_flops(
 class ConditionEncoder(nn.Module):
     """The last states (B, L, D) of rows that hold one document each, of a frozen backbone or text encoder."""
 
-    def __init__(self, cfg: NetworksRunConfig, told: str) -> None:
+    def __init__(self, cfg: NetworksRunConfig, kind: str) -> None:
         super().__init__()
         self.model = load(cfg.model)
-        self.encoder = text_encoder(cfg, self.model) if told == "encoder" else None
+        self.encoder = text_encoder(cfg, self.model) if kind == "encoder" else None
         self.requires_grad_(False).eval()
 
     @property
@@ -343,9 +343,9 @@ def collate(examples: Sequence[tuple[Tokens, Tensor]]) -> ConditionedBatch:
     return ConditionedBatch(pack([[tokens] for tokens, _ in examples], SEQ_LEN, 0), torch.stack(states))
 
 
-def flow_objective(flow: Flow, given: ConditionedBatch, rng: torch.Generator) -> LossSums:
-    _, targets = flow.prepare(None, given.batch, rng)  # type: ignore[arg-type]
-    costs_M = flow.loss(None, given.batch, given.states_BLD, targets)  # type: ignore[arg-type]
+def flow_objective(flow: Flow, batch: ConditionedBatch, rng: torch.Generator) -> LossSums:
+    _, targets = flow.prepare(None, batch.batch, rng)  # type: ignore[arg-type]
+    costs_M = flow.loss(None, batch.batch, batch.states_BLD, targets)  # type: ignore[arg-type]
     return {"flow": (costs_M.sum(), len(costs_M))}
 
 

@@ -104,9 +104,9 @@ class SceneDataset:
         area = (picture.boxes[:, 2:] - picture.boxes[:, :2]).prod(1) if len(scene.objects) else np.zeros(0)
         classes, colors = np.full(MAX_OBJECTS, -1), np.zeros(MAX_OBJECTS, int)
         boxes = np.zeros((MAX_OBJECTS, 4), np.float32)
-        for i, thing in enumerate(scene.objects):
+        for i, item in enumerate(scene.objects):
             if area[i] and picture.masks[i].sum() > 0.2 * area[i]:
-                classes[i], colors[i] = OBJECTS.index(thing.name), COLORS.index(thing.color or "natural")
+                classes[i], colors[i] = OBJECTS.index(item.name), COLORS.index(item.color or "natural")
                 boxes[i] = picture.boxes[i]
         background = BACKGROUNDS.index(scene.background)
         return {"image": picture.image, "classes": classes, "colors": colors, "boxes": boxes, "background": background}
@@ -149,20 +149,20 @@ def degrade(x_BCHW: Tensor, rng: torch.Generator) -> Tensor:
     def draw(*shape: int) -> Tensor:
         return torch.rand(shape, generator=rng).to(x_BCHW)
 
-    def some(share: float, y_BCHW: Tensor) -> Tensor:
+    def apply_to_share(share: float, y_BCHW: Tensor) -> Tensor:
         return torch.where(draw(b, 1, 1, 1) < share, y_BCHW, x_BCHW)
 
     x_BCHW = x_BCHW * (0.92 + 0.16 * draw(b, 3, 1, 1)) + 0.12 * (draw(b, 3, 1, 1) - 0.5)
     edge = F.pad(x_BCHW, (1, 1, 1, 1), mode="replicate")
     blurred = F.avg_pool2d(edge, 3, 1)
-    x_BCHW = some(0.35, x_BCHW + (0.4 + 0.8 * draw(b, 1, 1, 1)) * (blurred - x_BCHW))
+    x_BCHW = apply_to_share(0.35, x_BCHW + (0.4 + 0.8 * draw(b, 1, 1, 1)) * (blurred - x_BCHW))
     size = x_BCHW.shape[-1]
     side = int(size * (0.45 + 0.4 * float(draw(1))))
     small = F.interpolate(x_BCHW, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
-    x_BCHW = some(0.25, F.interpolate(small, size=(size, size), mode="bicubic", align_corners=False))
-    x_BCHW = some(0.3, quantize_dct(x_BCHW, 0.05 + 0.35 * draw(b)))
+    x_BCHW = apply_to_share(0.25, F.interpolate(small, size=(size, size), mode="bicubic", align_corners=False))
+    x_BCHW = apply_to_share(0.3, quantize_dct(x_BCHW, 0.05 + 0.35 * draw(b)))
     noise = torch.randn(x_BCHW.shape, generator=rng).to(x_BCHW)
-    return some(0.4, x_BCHW + 0.12 * draw(b, 1, 1, 1) * noise).clamp(-1, 1)
+    return apply_to_share(0.4, x_BCHW + 0.12 * draw(b, 1, 1, 1) * noise).clamp(-1, 1)
 
 
 def shuffle_patches(x_BCHW: Tensor, rng: torch.Generator, patch: int = 8) -> Tensor:

@@ -239,10 +239,10 @@ def new_or_loaded_tokenizer(cfg: VQRunConfig) -> VQTokenizer | KLTokenizer:
     return tokenizer
 
 
-def copy_matching_weights(known: VQTokenizer, tokenizer: VQTokenizer, freeze_codes: bool) -> bool:
+def copy_matching_weights(source: VQTokenizer, tokenizer: VQTokenizer, freeze_codes: bool) -> bool:
     """Give the tokenizer the weights of a known one; False where they do not fit. With frozen codes those are all but
     the decoder's; where the quantizer is another one, all but its own and those of the two layers beside it."""
-    old, new = known.settings, tokenizer.settings
+    old, new = source.settings, tokenizer.settings
     no_code = (
         "decoder_channels",
         "decoder_blocks",
@@ -258,7 +258,7 @@ def copy_matching_weights(known: VQTokenizer, tokenizer: VQTokenizer, freeze_cod
     left_out = "decoder." if freeze_codes else "quantizer." if another else ()
     new_state, old_state = (
         {name: tensor for name, tensor in module.state_dict().items() if not name.startswith(left_out)}
-        for module in (tokenizer, known)
+        for module in (tokenizer, source)
     )
     fits = {
         name: tensor

@@ -27,7 +27,7 @@ def average(out: str, names: list[str], shares: list[float]) -> None:
     models = [load(name) for name in names]
     weights = [dict(model.named_parameters()) for model in models]
     shapes = [{name: w.shape for name, w in parameters.items()} for parameters in weights]
-    for name, model, shapes_of_model, theirs in zip(names[1:], models[1:], shapes[1:], weights[1:], strict=True):
+    for name, model, shapes_of_model, model_weights in zip(names[1:], models[1:], shapes[1:], weights[1:], strict=True):
         shared = {k: v for k, v in shapes[0].items() if not k.startswith("heads.") or k.split(".")[1] in model.heads}
         if shapes_of_model != shared:
             raise ValueError(
@@ -36,9 +36,9 @@ def average(out: str, names: list[str], shares: list[float]) -> None:
         if not model.shares_vocabulary(models[0]):
             raise ValueError(f"{name} has another text or image tokenizer than {names[0]}: train both with one")
         frozen_names = [
-            k for k, w in theirs.items() if k.startswith("heads.") and not w.requires_grad
+            k for k, w in model_weights.items() if k.startswith("heads.") and not w.requires_grad
         ]  # heads' tokenizers
-        if not all(torch.equal(theirs[k], weights[0][k]) for k in frozen_names):
+        if not all(torch.equal(model_weights[k], weights[0][k]) for k in frozen_names):
             raise ValueError(
                 f"a generator of {name} has another tokenizer than in {names[0]}: train both with one "
                 "scale_tokenizer and one kl_tokenizer"

@@ -52,11 +52,11 @@ class PageBuilder:
         self.sections: list[str] = []
         self.pictures: dict[str, Any] = {}
 
-    def timed(self, what: str, make: Callable[[], T]) -> tuple[T, float]:
+    def run_timed(self, label: str, make: Callable[[], T]) -> tuple[T, float]:
         start = time.perf_counter()
         result = make()
         seconds = time.perf_counter() - start
-        print(f"{seconds:6.1f} s  {what}", flush=True)
+        print(f"{seconds:6.1f} s  {label}", flush=True)
         return result, seconds
 
     def command(self, *words: str, seeded: bool = True) -> str:
@@ -82,7 +82,7 @@ class PageBuilder:
         cards = []
         for name, prompt in PROMPTS.items():
             make = functools.partial(self.engine.generate, prompt, output="image", **self.options)
-            image, seconds = self.timed(prompt, make)
+            image, seconds = self.run_timed(prompt, make)
             self.keep(name, image)
             command = self.command("generate", prompt, "-o", self.place(name))
             cards.append(
@@ -94,13 +94,13 @@ class PageBuilder:
 
     def ask(self) -> None:
         image = self.pictures["apples"]
-        answer, seconds = self.timed("what does the picture show?", functools.partial(self.engine.describe, image))
+        answer, seconds = self.run_timed("what does the picture show?", functools.partial(self.engine.describe, image))
         command = self.command("describe", self.place("apples"), seeded=False)
         rows = [
             f"<p><b>Describe it.</b> {html.escape(answer)}<br><span class=note>{seconds:.1f} s</span> {command}</p>"
         ]
         for question in QUESTIONS:
-            answer, seconds = self.timed(question, functools.partial(self.engine.describe, image, question))
+            answer, seconds = self.run_timed(question, functools.partial(self.engine.describe, image, question))
             command = self.command("describe", self.place("apples"), "-q", question, seeded=False)
             rows.append(
                 f"<p><b>{html.escape(question)}</b> {html.escape(answer)}<br>"
@@ -112,7 +112,7 @@ class PageBuilder:
 
     def edit(self) -> None:
         before = self.pictures["sunflower"]
-        after, seconds = self.timed(EDIT, functools.partial(self.engine.edit, before, EDIT, **self.options))
+        after, seconds = self.run_timed(EDIT, functools.partial(self.engine.edit, before, EDIT, **self.options))
         self.keep("edited", after)
         command = self.command("edit", self.place("sunflower"), EDIT, "-o", self.place("edited"))
         cards = [
@@ -125,7 +125,7 @@ class PageBuilder:
         pictures = [self.pictures[name] for name in references]
         prompt = [*pictures, story_prompt(STORY, len(pictures))]
         make = functools.partial(self.engine.generate, prompt, output="interleaved", **self.options)
-        parts, seconds = self.timed(f"a story: {STORY}" + " from references" * bool(references), make)
+        parts, seconds = self.run_timed(f"a story: {STORY}" + " from references" * bool(references), make)
         flags = [word for name in references for word in ("--reference", self.place(name))]
         name = "story-of-these.html" if references else "story.html"
         command = self.command("story", STORY, *flags, "-o", str(self.folder / name))

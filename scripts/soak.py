@@ -39,10 +39,10 @@ MAX_MEMORY_GROWTH = 0.05
 def make_requests(model: str, picture: str) -> dict[str, tuple[str, dict[str, Any]]]:
     """Name -> (path, body) of what is asked; all of it is seeded."""
     requests: dict[str, tuple[str, dict[str, Any]]] = {}
-    for i, thing in enumerate(PROMPTS):
+    for i, phrase in enumerate(PROMPTS):
         for generator in ("next-token", "masked", "next-scale"):
-            body = {"model": model, "prompt": thing, "seed": i, "generator": generator, "n": 1 + i % 2}
-            requests[f"{generator} {thing}"] = ("/v1/images/generations", body)
+            body = {"model": model, "prompt": phrase, "seed": i, "generator": generator, "n": 1 + i % 2}
+            requests[f"{generator} {phrase}"] = ("/v1/images/generations", body)
     image_part = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}}
     for i, question in enumerate(("describe this picture", "how many apples?", "what color is the background?")):
         messages = [{"role": "user", "content": [image_part, {"type": "text", "text": question}]}]
@@ -113,12 +113,12 @@ async def run_stress_test(options: argparse.Namespace) -> dict[str, Any]:
             answer.raise_for_status()
             expected_answers[name] = comparable_answer(answer.text, body.get("stream", False))
         start, end = time.monotonic(), time.monotonic() + 60 * options.minutes
-        left = options.requests
+        num_remaining = options.requests
 
-        async def one() -> None:
-            nonlocal left
-            while left > 0 and time.monotonic() < end:
-                left -= 1
+        async def run_client() -> None:
+            nonlocal num_remaining
+            while num_remaining > 0 and time.monotonic() < end:
+                num_remaining -= 1
                 name, (path, body) = rng.choice(list(requests.items()))
                 draw = rng.random()
                 try:
@@ -152,7 +152,7 @@ async def run_stress_test(options: argparse.Namespace) -> dict[str, Any]:
                 sizes.append((time.monotonic() - start, await asyncio.to_thread(server_memory, options.port)))
 
         watching = asyncio.create_task(watch())
-        await asyncio.gather(*[one() for _ in range(options.clients)])
+        await asyncio.gather(*[run_client() for _ in range(options.clients)])
         seconds = time.monotonic() - start
         watching.cancel()
         await asyncio.sleep(2)
@@ -166,7 +166,7 @@ async def run_stress_test(options: argparse.Namespace) -> dict[str, Any]:
     growth = held_in[3] / held_in[2] - 1
     if growth > MAX_MEMORY_GROWTH:
         failures.append(f"memory grew by {growth:.1%} in the last quarter")
-    done = options.requests - left
+    done = options.requests - num_remaining
     return {
         "requests": done,
         "seconds": seconds,
@@ -184,7 +184,7 @@ def main() -> int:
     parser.add_argument("--port", type=number_argument(1, 65_535), default=8000)
     parser.add_argument("--requests", type=number_argument(1, 1_000_000), default=2000)
     parser.add_argument("--clients", type=number_argument(1, 10_000), default=32)
-    parser.add_argument("--minutes", type=number_argument(0, 100_000, whole=False, above=True), default=30)
+    parser.add_argument("--minutes", type=number_argument(0, 100_000, is_integer=False, above=True), default=30)
     parser.add_argument("--seed", type=SEED.parse, default=0)
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()

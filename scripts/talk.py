@@ -55,14 +55,14 @@ def main() -> int:
 
     print(ask("what can you draw?", modalities=["text"]).content)
     messages.clear()
-    drawn: Any = ask("two apples on a blue background", modalities=["image"])
-    print(keep("apples.png", drawn.images[0]["image_url"]["url"]))
+    image_message: Any = ask("two apples on a blue background", modalities=["image"])
+    print(keep("apples.png", image_message.images[0]["image_url"]["url"]))
     print(ask("how many apples are there?").content)
 
     print("> a story about a witch and her raven")
-    told: Any = [{"role": "user", "content": "a story about a witch and her raven"}]
+    story_messages: Any = [{"role": "user", "content": "a story about a witch and her raven"}]
     stream = client.chat.completions.create(
-        model=model, messages=told, seed=1, stream=True, stream_options={"include_usage": True}
+        model=model, messages=story_messages, seed=1, stream=True, stream_options={"include_usage": True}
     )
     for chunk in stream:
         if not chunk.choices:

@@ -315,7 +315,7 @@ def test_a_pipeline_whose_numbers_are_not_finite(stable_diffusion_folder: Path) 
     worker.ask(0, Job(Document.of("a"), "image", SMALL))
     while worker.busy:
         events += [event for _, event in worker.step()]
-    assert isinstance(events[-1], Error) and not events[-1].again  # no fault of who asks
+    assert isinstance(events[-1], Error) and not events[-1].retryable  # no fault of who asks
 
 
 def test_seeds_of_64_bits(words_engine: DiffusersEngine) -> None:
@@ -407,7 +407,7 @@ def test_what_a_pair_says_and_draws(causal_lm_folder: Path, dit_folder: Path, st
         pair.describe(Image.new("RGB", (8, 8)))
     with pytest.raises(ValueError, match="does not answer with text"):
         unigen.load(device="cpu", lmm=str(dit_folder), image_model=str(stable_diffusion_folder))
-    with pytest.raises(ValueError, match="both an lmm that reads and a generator that draws"):
+    with pytest.raises(ValueError, match="both lmm, which reads, and image_model, which draws"):
         unigen.load(device="cpu", lmm=str(causal_lm_folder))
 
 
@@ -686,7 +686,7 @@ def test_text_of_our_families_is_drawn_as_their_folder_says(
     pair.text_engine.build_request = lambda *given, **options: asked.append(request(*given, **options)) or asked[-1]
     pair.generate("what is it", "text", max_tokens=2)
     usual = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
-    assert vars(asked[-1].text) == usual | sampling
+    assert vars(asked[-1].text_sampling) == usual | sampling
     pair.generate("what is it", "text", max_tokens=2, temperature=0.0)
     assert asked[-1].text_sampling.temperature == 0.0
     assert pair.default_options("text") == sampling

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 import unigen
 from tests.parity.common import byte_level_tokenizer
 from unigen.backends.transformers_engine import load_transformers
+from unigen.document import Document, Segment
 from unigen.tokenizers import text
 
 RED, BLUE = (Image.new("RGB", (64, 48), color) for color in ("red", "blue"))
@@ -124,3 +125,12 @@ def test_a_folder_without_its_image_processor(folder: Path, tmp_path: Path) -> N
     with pytest.raises(ValueError, match="cannot be loaded") as caught:
         load_transformers(tmp_path / "other")
     assert "\n" not in str(caught.value)
+
+
+def test_scores_end_with_the_turn_and_depend_on_the_picture(folder: Path) -> None:
+    """The id that ends a turn is scored, and the line that the template writes after it is not."""
+    engine = load_transformers(folder)
+    question, answer = Segment(text="how many dogs"), Segment(text="12 dogs", role="assistant")
+    red, blue = engine.score([Document([Segment(image=picture), question, answer]) for picture in (RED, BLUE)])
+    assert engine.processor.decode(red.token_ids) == "12 dogs<|im_end|>"
+    assert red.total != pytest.approx(blue.total, abs=1e-5)

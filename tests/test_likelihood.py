@@ -114,4 +114,4 @@ def test_candidates_whose_scores_are_not_finite(engine: Engine, monkeypatch: pyt
     worker.ask(0, Job(Document.of(prompt), options["output"], rest, candidates=2))
     while worker.busy:
         events += [event for _, event in worker.step()]
-    assert isinstance(events[-1], Error) and not events[-1].again and "candidates" in events[-1].message
+    assert isinstance(events[-1], Error) and not events[-1].retryable and "candidates" in events[-1].message

@@ -63,6 +63,11 @@ BANNED = {
 """Identifiers of version 0.1, and the terms that took their place."""
 PHRASES = {"refuses to know": "Does not depend on"}
 """Words of the project's own, and plain English."""
+WORDS = frozenset(
+    "again asked drawn held here kept made mine named ours own read said seen shown some theirs there thing told usual "
+    "wanted what written".split()
+)
+"""Participles, pronouns and adverbs. No variable, parameter, field, function or class is called so."""
 FOLDERS = ("unigen", "recipes", "data_tools", "scripts")
 
 
@@ -78,6 +83,38 @@ def identifiers(source: str) -> set[str]:
             case ast.keyword(arg=str(name)):
                 found.add(name)
     return found
+
+
+def bound_names(source: str) -> set[str]:
+    """The names that a source defines: of variables, parameters, fields, functions, classes and aliases."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Name(id=name, ctx=ast.Store()) | ast.Attribute(attr=name, ctx=ast.Store()) | ast.arg(arg=name):
+                found.add(name)
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                found.add(name)
+            case ast.alias(asname=str(name)):
+                found.add(name)
+    return found
+
+
+def test_names_are_nouns_and_verbs(root: Path) -> None:
+    sources = {path: path.read_text() for folder in FOLDERS for path in (root / folder).rglob("*.py")}
+    used = {
+        (str(path.relative_to(root)), name) for path, source in sources.items() for name in bound_names(source) & WORDS
+    }
+    assert not used
+    for line in (
+        "said = 1",
+        "def f(asked): ...",
+        "def told(): ...",
+        "x.own = 1",
+        "for what in y: ...",
+        "import a as here",
+    ):
+        assert bound_names(line) & WORDS, line
+    assert not bound_names("f(own=said)") & WORDS  # names of others
 
 
 def test_no_banned_name_is_used(root: Path) -> None:

@@ -70,10 +70,14 @@ def test_greedy_answers_are_likelier_than_others(engine: Any) -> None:
 
 def test_what_cannot_be_scored(engine: Any) -> None:
     picture = Document([Segment(text="a"), Segment(image=Image.new("RGB", (4, 4)), role="assistant")])
-    for document, reason in ((conversation("a red dog"), "nothing to score"), (picture, "scores text alone")):
+    answer = Document([Segment(text="a dog", role="assistant")])
+    for document, reason in (
+        (conversation("a red dog"), "nothing to score"),
+        (picture, "scores text alone"),
+        (answer, "begin with the user"),
+    ):
         with pytest.raises(ValueError, match=reason):
             engine.score([document])
-    engine.processor.chat_template += "{% if messages | length > 2 %}{{ 'end' }}{% endif %}"
     engine.processor.chat_template = "{{ messages | length }}" + engine.processor.chat_template
-    with pytest.raises(ValueError, match="changes earlier turns"):
-        engine.score([conversation("a red dog", " a hill", "user", " a dog")])
+    with pytest.raises(ValueError, match="writes an answer in another way than its prompt"):
+        engine.score([conversation("a red dog", " a hill")])

@@ -309,13 +309,13 @@ def _build_dataclass(cls: TypeHint, values: object, prefix: str) -> Any:
     if not isinstance(values, Mapping):
         raise ValueError(f"{prefix.rstrip('.') or 'the configuration'} must be a table of keys")
     renamed = renamed_keys(cls)
-    named: dict[str, object] = {renamed.get(str(name), str(name)): value for name, value in values.items()}
+    renamed_values: dict[str, object] = {renamed.get(str(name), str(name)): value for name, value in values.items()}
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
-    for name in named:
+    for name in renamed_values:
         if name not in names:
             raise ValueError(_unknown_key_message(prefix + name, prefix, name, names))
-    values_by_name = {name: _coerce(hints[name], value, prefix + name) for name, value in named.items()}
+    values_by_name = {name: _coerce(hints[name], value, prefix + name) for name, value in renamed_values.items()}
     missing_keys = [
         f.name
         for f in dataclasses.fields(cls)

@@ -167,9 +167,9 @@ class Document:
         if not isinstance(self.conditions, dict) or not all(isinstance(c, Condition) for c in self.conditions.values()):
             raise ValueError(f"conditions of a document are a dict of Condition, not {shorten(self.conditions)}")
         if not isinstance(self.segments, list) or not all(isinstance(one, Segment) for one in self.segments):
-            what = shorten(self.segments)
+            description = shorten(self.segments)
             raise ValueError(
-                f"a document is a list of Segment, not {what}: Document.of makes one of words and pictures"
+                f"a document is a list of Segment, not {description}: Document.of makes one of words and pictures"
             )
 
     @classmethod

@@ -171,8 +171,8 @@ class OptionSet:
         self._groups = {type(group): group for group in groups}
 
     def __getitem__(self, group: type[G]) -> G:
-        found = self._groups.get(group)
-        return found if isinstance(found, group) else resolve(group)
+        group_options = self._groups.get(group)
+        return group_options if isinstance(group_options, group) else resolve(group)
 
     def __contains__(self, group: GroupType) -> bool:
         return group in self._groups
@@ -226,11 +226,11 @@ def _widest(first: OptionType, second: OptionType) -> OptionType:
 # ---------------------------------------------------------------- what is given by name
 
 
-def reject_unknown(what: str, given: Iterable[str], known: Sequence[str]) -> None:
+def reject_unknown(owner: str, given: Iterable[str], known: Sequence[str]) -> None:
     """Reject unknown names of options.
 
     Args:
-        what: what takes the options, as the error names it.
+        owner: what takes the options, as the error names it.
         given: names of options.
         known: the names that it takes.
 
@@ -242,7 +242,7 @@ def reject_unknown(what: str, given: Iterable[str], known: Sequence[str]) -> Non
             if RENAMED.get(name) in known:
                 reject_renamed([name])
             suggestion = did_you_mean(name, known) or f": it takes {', '.join(known)}"
-            raise ValueError(f"{what} has no option {name!r}{suggestion}")
+            raise ValueError(f"{owner} has no option {name!r}{suggestion}")
 
 
 def reject_renamed(given: Iterable[str]) -> None:
@@ -272,8 +272,10 @@ def name_keywords(groups: Iterable[GroupType]) -> Callable[[F], F]:
         taken = {one.name for one in parameters}
         for name, (group, _) in merge_declared(groups).items():
             if name not in taken:
-                written = group.__annotations__[name]
-                kind = written if isinstance(written, str) else inspect.formatannotation(written)
+                annotation_text = group.__annotations__[name]
+                kind = (
+                    annotation_text if isinstance(annotation_text, str) else inspect.formatannotation(annotation_text)
+                )
                 annotation = f"{kind.removesuffix(' | None')} | None"
                 parameters.append(
                     inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)

@@ -25,14 +25,14 @@ def make_prompts(count: int) -> list[str]:
     objects, colors, grounds = list(OBJECT_EMOJI), list(COLORS), list(BACKGROUNDS)
     prompts = []
     for i in range(count):
-        thing = f"a {colors[i % 6]} {objects[i % len(objects)]}"
+        phrase = f"a {colors[i % 6]} {objects[i % len(objects)]}"
         second_object = f" and a {objects[(7 * i + 3) % len(objects)]}" if i % 2 else ""
-        prompts.append(thing + second_object + (f" on a {grounds[i % 8]} background" if i % 3 else ""))
+        prompts.append(phrase + second_object + (f" on a {grounds[i % 8]} background" if i % 3 else ""))
     return prompts
 
 
-def generate_codes(engine: unigen.Engine, asked: list[str], seeds: list[int]) -> list[torch.Tensor]:
-    requests = [engine.build_request(p, "image", seed=s) for p, s in zip(asked, seeds, strict=True)]
+def generate_codes(engine: unigen.Engine, prompts: list[str], seeds: list[int]) -> list[torch.Tensor]:
+    requests = [engine.build_request(p, "image", seed=s) for p, s in zip(prompts, seeds, strict=True)]
     list(engine.run_requests(requests))
     return [request.document.segments[-1].image for request in requests]  # type: ignore[misc]
 

@@ -51,10 +51,10 @@ CLASSES, LABEL = 1001, 207
 
 @dataclass
 class Comparison:
-    """ours and its rivals draw one picture, in at least `limit` seconds; `same` compares what they draw, and is None
-    where there is nothing to compare with."""
+    """Our engine and its references draw one picture, in at least `limit` seconds; `same` compares what they draw, and
+    is None where there is nothing to compare with."""
 
-    ours: DrawFunction
+    engine: DrawFunction
     limit: float
     rivals: dict[str, DrawFunction] = field(default_factory=dict)
     same: Callable[[], str] | None = None
@@ -168,8 +168,8 @@ def compare_llamagen(dtype: str, compiled: bool) -> Comparison:
     for name in ("official", "compiled")[: 1 + compiled]:
         contest.rivals[name] = official(name == "compiled", top_k=2000)
     if dtype == "float32":
-        theirs = official(False, sample_logits=False)
-        contest.same = lambda: "equal" if torch.equal(greedy().flatten(), theirs()[0]) else "DIFFERENT"
+        official_greedy = official(False, sample_logits=False)
+        contest.same = lambda: "equal" if torch.equal(greedy().flatten(), official_greedy()[0]) else "DIFFERENT"
     return contest
 
 
@@ -243,12 +243,15 @@ class Compiled:
 
     net: Any
     draws: DrawFunction
-    made: bool = False
+    is_compiled: bool = False
 
     def __call__(self) -> Any:
         reference_model = [block.forward for block in self.net.blocks]
-        if not self.made:
-            self.compiled, self.made = [torch.compile(forward, dynamic=True) for forward in reference_model], True
+        if not self.is_compiled:
+            self.compiled, self.is_compiled = (
+                [torch.compile(forward, dynamic=True) for forward in reference_model],
+                True,
+            )
         for block, forward in zip(self.net.blocks, self.compiled, strict=True):
             block.forward = forward
         try:
@@ -266,14 +269,14 @@ def argmax_agreement(model: UnifiedModel, net: Any) -> float:
     engine_logits: list[Tensor] = []
     write = head._sample_scale
 
-    def told(states: Any, logits: Any, k: int) -> None:
+    def write_given_codes(states: Any, logits: Any, k: int) -> None:
         """Note what is likeliest, and write what was given."""
         engine_logits.append(logits[0][0])
         given_N = codes_1P[0].split(head.lengths)[k]
         sure_NV = torch.nn.functional.one_hot(given_N, logits[0].shape[-1]).float()
         write(states, [torch.stack([sure_NV] * len(logits[0]))], k)
 
-    head._sample_scale = told
+    head._sample_scale = write_given_codes
     try:
         engine_runner(model, Segment(label=LABEL), temperature=0.0, guidance=5.0)()
     finally:
@@ -392,7 +395,7 @@ def main(args: list[str]) -> int:
     for row_name in options.rows.split(","):
         name, dtype = row_name.split()
         contest = COMPARISONS[name](dtype, not options.no_compile)
-        references = {"ours": contest.ours, **contest.rivals}
+        references = {"ours": contest.engine, **contest.rivals}
         rates = best_rates({name: counted_once(draws) for name, draws in references.items()}, options.repeat)
         best = {rival: 1 / rate for rival, rate in rates.items()}
         agreement = contest.same() if contest.same else "-" if contest.rivals else "official code absent"

@@ -32,11 +32,11 @@ from unigen.utils.option_types import number_argument
 BATCH = 16
 
 
-def generate_codes(engine: unigen.Engine, asked: list[Segment]) -> list[Tensor]:
+def generate_codes(engine: unigen.Engine, segments: list[Segment]) -> list[Tensor]:
     """The codes (h, w) of greedy pictures."""
     codes: list[Any] = []
-    for start in range(0, len(asked), BATCH):
-        documents = [Document([segment]) for segment in asked[start : start + BATCH]]
+    for start in range(0, len(segments), BATCH):
+        documents = [Document([segment]) for segment in segments[start : start + BATCH]]
         requests = [engine.build_request(d, "image", generator="next-token", temperature=0.0) for d in documents]
         list(engine.run_requests(requests))
         codes += [request.document.segments[-1].image for request in requests]
@@ -44,9 +44,9 @@ def generate_codes(engine: unigen.Engine, asked: list[Segment]) -> list[Tensor]:
 
 
 @torch.inference_mode()
-def code_logits(model: UnifiedModel, asked: Segment, codes_hw: Tensor) -> Tensor:
+def code_logits(model: UnifiedModel, segment: Segment, codes_hw: Tensor) -> Tensor:
     """Logits (h w, codes) of a picture's codes, each after those before it, without guidance."""
-    tokens = model.template.encode(Document([asked, Segment(image=codes_hw, role="assistant")]))
+    tokens = model.template.encode(Document([segment, Segment(image=codes_hw, role="assistant")]))
     batch = model.insert_image_ids(pack([[tokens]], len(tokens), model.image_tokenizer.image_size).to(model.device))
     row, at_1P = batch.span_positions(torch.tensor([0]))
     at_P = at_1P[0, model.vocabulary.is_image(batch.ids_BL[0, at_1P[0]])]  # and not what ends a row

@@ -91,16 +91,16 @@ async def send_request(client: Any, kind: str, seed: int) -> tuple[float, int]:
         answer.raise_for_status()
         return time.perf_counter() - start, 1
     messages = [{"role": "user", "content": "describe a picture"}]
-    asked = {
+    chat_body = {
         "model": "bench",
         "messages": messages,
         "modalities": ["text"],
         "max_tokens": MAX_TOKENS,
         "temperature": 1.0,
     }
-    asked |= {"stream": True, "stream_options": {"include_usage": True}, "seed": seed}
+    chat_body |= {"stream": True, "stream_options": {"include_usage": True}, "seed": seed}
     first, tokens = None, 0
-    async with client.stream("POST", "/v1/chat/completions", json=asked) as answer:
+    async with client.stream("POST", "/v1/chat/completions", json=chat_body) as answer:
         answer.raise_for_status()
         async for line in answer.aiter_lines():
             if not line.startswith("data: {"):

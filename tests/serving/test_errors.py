@@ -42,4 +42,4 @@ def test_non_finite_numbers_are_not_retryable(engine: Engine, monkeypatch: pytes
     worker.ask(0, Job(Document.of("a dog"), "image"))
     while worker.busy:
         events += [event for _, event in worker.step()]
-    assert isinstance(events[-1], Error) and not events[-1].again and "not finite" in events[-1].message
+    assert isinstance(events[-1], Error) and not events[-1].retryable and "not finite" in events[-1].message

@@ -27,7 +27,7 @@ def filter_pieces(pieces: list[str], *stops: str) -> tuple[list[str], bool]:
     words = StopStringFilter(stops)
     said = [part for piece in pieces if (part := words.feed(piece))]
     if not words.stopped:
-        said += [words.end()] if words.held else []
+        said += [words.end()] if words.pending_text else []
     return [part for part in said if part], words.stopped
 
 

@@ -322,4 +322,6 @@ def is_repeated(passage: str, passages: Sequence[str]) -> bool:
     Returns:
         True where difflib's ratio with any of them is at least `DUPLICATE_RATIO`.
     """
-    return any(SequenceMatcher(None, passage, other, autojunk=False).ratio() >= DUPLICATE_RATIO for other in passages)
+    return any(
+        SequenceMatcher(None, passage, earlier, autojunk=False).ratio() >= DUPLICATE_RATIO for earlier in passages
+    )

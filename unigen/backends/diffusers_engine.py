@@ -421,18 +421,18 @@ class DiffusersEngine(BaseEngine):
 
     @staticmethod
     def _check_guidance(
-        kind: str, own: dict[str, str], takes: Mapping[str, Parameter], named: dict[str, object]
+        kind: str, argument_names: dict[str, str], takes: Mapping[str, Parameter], call_arguments: dict[str, object]
     ) -> None:
         """Set the prompt of the unconditional branch where guidance needs one. Raises ValueError for a negative prompt
         that would have no effect."""
-        scale = own.get("guidance")
-        value = named.get(scale, takes[scale].default) if scale else None
-        if "negative_prompt" not in own or not isinstance(value, (int, float)):
+        scale = argument_names.get("guidance")
+        value = call_arguments.get(scale, takes[scale].default) if scale else None
+        if "negative_prompt" not in argument_names or not isinstance(value, (int, float)):
             return
-        if "negative_prompt" in named and value <= 1:
+        if "negative_prompt" in call_arguments and value <= 1:
             raise ValueError(f"{kind} hears negative_prompt only with guidance above 1, and it is {value:g}: give both")
         if scale == "true_cfg_scale" and value > 1:
-            named.setdefault("negative_prompt", " ")
+            call_arguments.setdefault("negative_prompt", " ")
 
     def _scheduler(self, pipe: Pipeline, solver: str | None) -> Any:
         if solver is None:
@@ -443,21 +443,21 @@ class DiffusersEngine(BaseEngine):
         return kinds[solver].from_config(self.default_scheduler.config)
 
 
-def check_option_ranges(asked: dict[str, OptionValue]) -> None:
+def check_option_ranges(options: dict[str, OptionValue]) -> None:
     """Raises ValueError in one line for a value out of its range. asked: values by the options' names."""
-    if "guidance" in asked:  # one scale
-        GUIDANCE_SCALE.check("guidance", asked["guidance"])
+    if "guidance" in options:  # one scale
+        GUIDANCE_SCALE.check("guidance", options["guidance"])
     for group in (PipelineOptions, EditOptions, PromptOptions):
-        resolve(group, asked)
+        resolve(group, options)
 
 
-def check_prompt_text(name: str, words: object, wanted: str) -> None:
+def check_prompt_text(name: str, words: object, expected: str) -> None:
     """Raises ValueError in one line for what is no text, or empty. name and wanted: what it is and what to give, for
     the message."""
     if not isinstance(words, str):
-        raise ValueError(f"{name} must be text, not {type(words).__name__}: {wanted}")
+        raise ValueError(f"{name} must be text, not {type(words).__name__}: {expected}")
     if not words.strip():
-        raise ValueError(f"{name} is empty: {wanted}")
+        raise ValueError(f"{name} is empty: {expected}")
 
 
 def check_seed(seed: object) -> int:

@@ -293,19 +293,19 @@ def _scheduler_arguments(call: str) -> set[str] | None:
         if isinstance(target, ast.Name)
     }
     scheduler_arguments: set[str] = set()
-    found = False
+    has_timesteps = False
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
             continue
         name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
         if name not in ("retrieve_timesteps", "set_timesteps"):
             continue
-        found = True
+        has_timesteps = True
         scheduler_arguments |= {keyword.arg for keyword in node.keywords if keyword.arg}
         if name == "retrieve_timesteps" and len(node.args) > 4:
             scheduler_arguments.add("sigmas")
     scheduler_arguments -= {"num_inference_steps", "device", "timesteps"}
-    return scheduler_arguments - ({"sigmas"} - assigned) if found else None
+    return scheduler_arguments - ({"sigmas"} - assigned) if has_timesteps else None
 
 
 def _output_fields(kind: type[Pipeline]) -> set[str]:

@@ -8,7 +8,7 @@ Does not depend on: composed models, diffusers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -206,6 +206,8 @@ class TransformersEngine(BaseEngine):
     def score(self, documents: Sequence[Document], *, per_token: bool = False) -> list[Score]:
         """See `InferenceEngine.score`. The end of a turn is one of the scored ids.
 
+        Each turn of the assistant is scored after what stands before it, as it would have been generated.
+
         Args:
             documents: each with at least one text of the assistant.
             per_token: whether to return the log-probability of each id.
@@ -214,8 +216,8 @@ class TransformersEngine(BaseEngine):
             One score for each document.
 
         Raises:
-            ValueError: in one line, for a document that the model cannot read, and for chat templates that write an
-                earlier turn in another way once the next one is there.
+            ValueError: in one line, for a document that the model cannot read, and for chat templates in which a prompt
+                is not the beginning of the prompt and its answer.
         """
         return [self._score(Document.of(document), per_token) for document in documents]
 
@@ -226,32 +228,32 @@ class TransformersEngine(BaseEngine):
             raise ValueError("the assistant says nothing in this document: there is nothing to score")
         if any(segment.image is not None for segment in answers):
             raise UnsupportedError("this model scores text alone: leave the assistant's pictures out")
-        inputs = self._build_inputs(document, add_generation_prompt=False).to(self.model.device)
-        ids_L = inputs["input_ids"][0]
-        is_scored_L = torch.zeros_like(ids_L, dtype=torch.bool)
-        for start, stop in self._answer_spans(document, ids_L.tolist()):
-            is_scored_L[start:stop] = True
-        logits_LV = self.model(**inputs, use_cache=False).logits[0].float()
-        if not bool(logits_LV.isfinite().all()):
-            raise NonFiniteError("scores", self.model.dtype)
-        logprobs_L = logits_LV[:-1].log_softmax(-1).gather(-1, ids_L[1:, None])[:, 0]  # of ids 1 ..
-        logprobs_T = logprobs_L[is_scored_L[1:]].cpu()
-        return Score(float(logprobs_T.sum()), ids_L[is_scored_L].tolist(), logprobs_T if per_token else None)
+        if document.segments[0].role == "assistant":
+            raise ValueError("this document begins with the assistant: begin with the user")
+        turns = [[*turn] for _, turn in groupby(document.segments, key=lambda segment: segment.role)]
+        scores = [
+            self._score_last_turn([segment for turn in turns[: index + 1] for segment in turn], len(turn))
+            for index, turn in enumerate(turns)
+            if turn[0].role == "assistant"
+        ]
+        token_ids = [id for ids, _ in scores for id in ids]
+        logprobs_T = torch.cat([logprobs for _, logprobs in scores])
+        return Score(float(logprobs_T.sum()), token_ids, logprobs_T if per_token else None)
 
-    def _answer_spans(self, document: Document, ids: list[int]) -> Iterator[tuple[int, int]]:
-        """Start and stop of each turn of the assistant among the ids of a document, with the id that ends it."""
-        end_ids, position = self._end_ids(), 0
-        for role, turn in groupby(document.segments, key=lambda segment: segment.role):
-            first, position = position, position + len([*turn])
-            if role != "assistant":
-                continue
-            prompt = self._build_inputs(Document(document.segments[:first]))["input_ids"][0].tolist()
-            if ids[: len(prompt)] != prompt:
-                raise UnsupportedError("the chat template of this model changes earlier turns: score them one by one")
-            whole = self._build_inputs(Document(document.segments[:position]), add_generation_prompt=False)
-            stop = whole["input_ids"].shape[1]
-            ends = (index + 1 for index in range(len(prompt), stop) if ids[index] in end_ids)
-            yield len(prompt), next(ends, stop)
+    def _score_last_turn(self, segments: list[Segment], num_answers: int) -> tuple[list[int], torch.Tensor]:
+        """The ids of the last turn with the one that ends it, and their log-probabilities (T,)."""
+        prompt_ids = self._build_inputs(Document(segments[:-num_answers]))["input_ids"][0].tolist()
+        inputs = self._build_inputs(Document(segments), add_generation_prompt=False).to(self.model.device)
+        ids_L, start = inputs["input_ids"][0], len(prompt_ids)
+        ids, end_ids = ids_L.tolist(), self._end_ids()
+        if ids[:start] != prompt_ids:
+            raise UnsupportedError("the chat template of this model writes an answer in another way than its prompt")
+        stop = next((index + 1 for index in range(start, len(ids)) if ids[index] in end_ids), len(ids))
+        logits_TV = self.model(**inputs, use_cache=False).logits[0, start - 1 : stop - 1].float()
+        if not bool(logits_TV.isfinite().all()):
+            raise NonFiniteError("scores", self.model.dtype)
+        logprobs_T = logits_TV.log_softmax(-1).gather(-1, ids_L[start:stop, None])[:, 0]
+        return ids[start:stop], logprobs_T.cpu()
 
     def _build_inputs(self, document: Document, add_generation_prompt: bool = True) -> BatchEncoding:
         self._check_segments(document)

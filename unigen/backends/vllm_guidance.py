@@ -367,7 +367,7 @@ class GuidedScheduler(Scheduler):
                     preempted_ids.update(group.values())
         return preempted_ids
 
-    def _admissible_requests(self, waiting: list[Request], held: set[str]) -> list[Request]:
+    def _admissible_requests(self, waiting: list[Request], preempted_ids: set[str]) -> list[Request]:
         """The requests that may begin now: first come, first served, and all branches of a segment or none."""
         by_id = {request.request_id: request for request in waiting}
         room = self.max_num_running_reqs - len(self.running)
@@ -381,7 +381,7 @@ class GuidedScheduler(Scheduler):
                 siblings = [
                     self.requests[sibling_id] for sibling_id in self._sibling_ids(name) if sibling_id in self.requests
                 ]
-                if name in held or 1 + len(siblings) < self.group_size[self.group_by_request[name]]:
+                if name in preempted_ids or 1 + len(siblings) < self.group_size[self.group_by_request[name]]:
                     continue
                 group_requests = [request, *siblings]
                 max_tokens = min(

@@ -219,6 +219,6 @@ def load_weights_strict(model: LlamaForCausalLM, load: Callable[[Weights], set[s
         fused_name = next((fused_name for fused_name in parts if f"{fused_name}." in name), "")
         required_names |= {name.replace(fused_name, part) for part in parts[fused_name]} if fused_name else {name}
     if model.model.quant_config is None and (missing := sorted(required_names - weight_names)):
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise ValueError(f"the model lacks {', '.join(missing[:3])}{more}: it is not whole")
+        others = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ValueError(f"the model lacks {', '.join(missing[:3])}{others}: it is not whole")
     return loaded_names

@@ -231,15 +231,15 @@ def generation_options(args: argparse.Namespace) -> dict[str, Any]:
     return {"seed": 0} | options.given_arguments(args, collect())
 
 
-def report_size_change(given: tuple[int, int], made: Image) -> None:
+def report_size_change(requested_size: tuple[int, int], image: Image) -> None:
     """Print a note on stderr where the image that comes back has another size than the one that went in.
 
     Args:
-        given: width and height in pixels of the input image.
-        made: the image that comes back.
+        requested_size: width and height in pixels of the input image.
+        image: the image that comes back.
     """
-    if made.size != given:
-        input_size, output_size = ("x".join(map(str, size)) for size in (given, made.size))
+    if image.size != requested_size:
+        input_size, output_size = ("x".join(map(str, size)) for size in (requested_size, image.size))
         print(
             f"note: your picture of {input_size} pixels comes back as {output_size}, as this model draws",
             file=sys.stderr,

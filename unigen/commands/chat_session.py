@@ -48,7 +48,8 @@ COMMANDS = {
     "/quit": "",
 }
 HELP = (
-    "   ".join(f"{name} {what}".strip() for name, what in COMMANDS.items()) + "   (anything else is said to the model)"
+    "   ".join(f"{name} {meaning}".strip() for name, meaning in COMMANDS.items())
+    + "   (anything else is said to the model)"
 )
 
 
@@ -123,8 +124,8 @@ def pasted_paths(text: str) -> list[str]:
         if part.lower().startswith("file://"):
             part = unquote(part[len("file://") :].removeprefix("localhost"))
         paths.append(os.path.expanduser(part))
-    whole = len(paths) > 1 and not all(os.path.isfile(path) for path in paths)
-    return [plain] if whole else paths
+    is_one_path = len(paths) > 1 and not all(os.path.isfile(path) for path in paths)
+    return [plain] if is_one_path else paths
 
 
 def parse_seed(text: str) -> int:

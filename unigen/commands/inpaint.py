@@ -42,8 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--output", default="out.png", help="the new picture, - is a PNG on stdout (default: %(default)s)"
     )
-    usual = "masked, else another that can keep codes"
-    sampling_arguments(parser, "image", "inpaint", generator=usual, skip=("n", "candidates", "variation"))
+    default_text = "masked, else another that can keep codes"
+    sampling_arguments(parser, "image", "inpaint", generator=default_text, skip=("n", "candidates", "variation"))
     model_arguments(parser)
 
 

@@ -175,9 +175,9 @@ class DiffusersDenoiser:
         """Does the network read a scale of guidance?"""
         return self._inputs.guidance is not None and bool(self._config.get("guidance_embeds"))
 
-    def _needed(self, value: Tensor | None, what: str) -> Tensor:
+    def _needed(self, value: Tensor | None, description: str) -> Tensor:
         if value is None:
-            raise ValueError(f"{type(self.network).__name__} needs {what}")
+            raise ValueError(f"{type(self.network).__name__} needs {description}")
         return value
 
 

@@ -95,9 +95,9 @@ def group_by_class(objects: Iterable[DetectedObject], threshold: float) -> dict[
         Detections by class name, by falling score, at most `MAX_PER_CLASS` of a class.
     """
     objects_by_class: dict[str, list[DetectedObject]] = {}
-    for thing in sorted(objects, key=lambda o: -o.score):
-        if thing.score > threshold and len(objects_by_class.setdefault(thing.name, [])) < MAX_PER_CLASS:
-            objects_by_class[thing.name].append(thing)
+    for detected in sorted(objects, key=lambda o: -o.score):
+        if detected.score > threshold and len(objects_by_class.setdefault(detected.name, [])) < MAX_PER_CLASS:
+            objects_by_class[detected.name].append(detected)
     return objects_by_class
 
 

@@ -137,8 +137,8 @@ class RandomOrder(GeneratorHead):
         fixed_P = torch.full((self.num_positions(),), -1) if spec.fixed_ids is None else spec.fixed_ids.flatten().cpu()
         chance_P = torch.rand(self.num_positions(), generator=spec.rng)
         order_P = (chance_P + (fixed_P < 0)).argsort()  # given codes come first
-        written = [int(id) for id in fixed_P[order_P] if id >= 0]
-        return OrderState(spec, [], order_P=order_P, ordered_ids=written)
+        given_ids = [int(id) for id in fixed_P[order_P] if id >= 0]
+        return OrderState(spec, [], order_P=order_P, ordered_ids=given_ids)
 
     def prepare_step(self, state: GenerationState) -> StepInput:
         """See `Generator.prepare_step`."""

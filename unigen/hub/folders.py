@@ -67,9 +67,9 @@ def clear_scratch(folder: Path) -> None:
     """Remove the scratch folders that killed processes left beside `folder`, links followed. Where one was killed while
     `folder` had no name, its old contents come back."""
     folder = Path(os.path.realpath(folder))
-    named = re.compile(rf"\.{re.escape(_scratch_name(folder))}\.(\w{{8}}\.scratch|\w{{8}}\.old|old\d+)")
+    scratch_pattern = re.compile(rf"\.{re.escape(_scratch_name(folder))}\.(\w{{8}}\.scratch|\w{{8}}\.old|old\d+)")
     for scratch_folder in sorted(folder.parent.iterdir()):
-        if not named.fullmatch(scratch_folder.name) or not scratch_folder.is_dir():
+        if not scratch_pattern.fullmatch(scratch_folder.name) or not scratch_folder.is_dir():
             continue
         try:
             handle = lock(scratch_folder)

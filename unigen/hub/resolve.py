@@ -79,21 +79,21 @@ def resolve(
             return folder, variant_name
     if os.path.isfile(name):
         raise ValueError(f"{name} is a file: give the folder of a model, with its config.json")
-    named = HUB_NAME.fullmatch(name_part)
-    if name_part.startswith(("./", "../", "/", "~")) or (named is None and "/" in name_part):
+    match = HUB_NAME.fullmatch(name_part)
+    if name_part.startswith(("./", "../", "/", "~")) or (match is None and "/" in name_part):
         raise ValueError(f"no folder {name_part} is here, so there is no model in it: check the path")
-    if named:
-        variants = (multi_model_repos or {}).get(named["repo"])
+    if match:
+        variants = (multi_model_repos or {}).get(match["repo"])
         if variants is None and variant:
             raise ValueError(f"{name_part} holds one model: leave out {variant!r}")
         if variants is None:
-            return fetch_snapshot(named["repo"], named["revision"], check, weight_patterns), None
+            return fetch_snapshot(match["repo"], match["revision"], check, weight_patterns), None
         if variant not in variants:
             raise ValueError(
                 f"{name_part} holds several models: name one, as in {name_part}:{next(iter(variants))} "
                 f"({', '.join(variants)})"
             )
-        return _from_hub(named["repo"], named["revision"], variants[variant]), variant
+        return _from_hub(match["repo"], match["revision"], variants[variant]), variant
     shipped_names = ", ".join(shipped_models()) or "none"
     raise ValueError(
         f"unknown model {str(name)!r}: neither a folder, nor a shipped model ({shipped_names}), nor "
@@ -237,9 +237,9 @@ def find_component(folder: Path, name: str, description: str, fetch: Callable[[]
     Raises:
         ValueError: there is neither; in one line.
     """
-    here = sorted(folder.rglob(name.rstrip("/")))
+    candidates = sorted(folder.rglob(name.rstrip("/")))
     try:
-        return here[0] if here else fetch()
+        return candidates[0] if candidates else fetch()
     except ValueError as error:
         raise ValueError(f"{folder} has no {name} ({description}), and {error}") from error
 
@@ -289,8 +289,8 @@ def wrap_load_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except (*kinds, StrictDataclassError) as error:
-        what = f"{type(error).__name__}: {first_line(error)}"
-        raise ValueError(f"model folder {folder} is damaged, or not as its family's are ({what})") from error
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(f"model folder {folder} is damaged, or not as its family's are ({reason})") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -369,8 +369,8 @@ class Scheduler:
     def _writes_text(self, sequence: SequenceState) -> bool:
         return sequence.generator is not None and sequence.generator is self.model.generators.get("text")
 
-    def _non_finite_error(self, what: str) -> NonFiniteError:
-        return NonFiniteError(what, self.model.dtype)
+    def _non_finite_error(self, description: str) -> NonFiniteError:
+        return NonFiniteError(description, self.model.dtype)
 
 
 def prompt_spans(spans: list[PromptSpan], row: int, start: int, stop: int) -> list[InputSpan]:

@@ -147,7 +147,7 @@ def _drawn_images(model: UnifiedModel, batch: Batch) -> Tensor:
 def _code_log_probs(
     model: UnifiedModel,
     sides: Sequence[_EncodedBatch],
-    drawn: Tensor,
+    image_indices_N: Tensor,
     guidance: Guidance | None = None,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -155,11 +155,11 @@ def _code_log_probs(
     two sides."""
     image_start, image_stop = model.vocabulary.image_start, model.vocabulary.image_stop
     batch = sides[0].batch
-    rows_N1, positions_NM = batch.span_positions(drawn)
+    rows_N1, positions_NM = batch.span_positions(image_indices_N)
     is_code_M = model.vocabulary.is_image(batch.ids_BL[rows_N1, positions_NM])[0]  # and no id that ends a row
     branches = []
     for side in sides:
-        side_rows_N1, side_positions_NM = side.batch.span_positions(drawn)
+        side_rows_N1, side_positions_NM = side.batch.span_positions(image_indices_N)
         states = side.hidden_BLD[side_rows_N1, side_positions_NM[:, is_code_M] - 1]
         branches.append(model.logits(states, image_start, image_stop).float())
     logits = branches[0]
@@ -219,12 +219,12 @@ def _token_log_probs(logits: Tensor, ids: Tensor) -> Tensor:
     return -nn.functional.cross_entropy(logits.float().flatten(0, -2), ids.flatten(), reduction="none").view(ids.shape)
 
 
-def mutual_score(model: UnifiedModel, asked: Sequence[Document], texts: Sequence[str], weight: float) -> Tensor:
+def mutual_score(model: UnifiedModel, documents: Sequence[Document], texts: Sequence[str], weight: float) -> Tensor:
     """How well texts match images: log p(text | image) + weight log p(image | text).
 
     Args:
         model: the model.
-        asked: D documents with one image each, given as codes, and its question.
+        documents: D documents with one image each, given as codes, and its question.
         texts: of each document the text.
         weight: w.
 
@@ -233,7 +233,7 @@ def mutual_score(model: UnifiedModel, asked: Sequence[Document], texts: Sequence
     """
     captions: list[Document] = []
     drawings: list[Document] = []
-    for document, text in zip(asked, texts, strict=True):
+    for document, text in zip(documents, texts, strict=True):
         picture = next(segment.image for segment in document.segments if segment.image is not None)
         captions.append(Document([*document.segments, Segment(text=text, role="assistant")]))
         drawings.append(Document([Segment(text=text), Segment(image=picture, role="assistant")]))
@@ -241,18 +241,18 @@ def mutual_score(model: UnifiedModel, asked: Sequence[Document], texts: Sequence
 
 
 @torch.inference_mode()
-def rerank_captions(model: UnifiedModel, asked: Sequence[Document], captions: Sequence[Sequence[str]]) -> list[str]:
+def rerank_captions(model: UnifiedModel, documents: Sequence[Document], captions: Sequence[Sequence[str]]) -> list[str]:
     """The best caption of each image; the first of equals.
 
     Args:
         model: compares the captions.
-        asked: documents with one image each, given as codes, and its question.
+        documents: documents with one image each, given as codes, and its question.
         captions: of each document the candidates.
 
     Raises:
         NonFiniteError: a score is not finite.
     """
-    repeated_documents = [document for document, texts in zip(asked, captions, strict=True) for _ in texts]
+    repeated_documents = [document for document, texts in zip(documents, captions, strict=True) for _ in texts]
     scores = mutual_score(model, repeated_documents, [text for texts in captions for text in texts], CAPTION_WEIGHT)
     return _argmax_per_group(captions, scores, model.dtype)
 

@@ -180,8 +180,8 @@ def _image_length(model: UnifiedModel, request: Request) -> int:
     """Number of positions that an image needs, written and read back."""
     layout, generator = model.template.layout(request.grid), model.generators[request.generator]
     has_begin_token = request.generator in model.template.begin_ids
-    written = 0 if generator.cache_reusable else generator.num_positions() + 2 * has_begin_token
-    return max(len(layout) - (not has_begin_token), written)
+    num_own_ids = 0 if generator.cache_reusable else generator.num_positions() + 2 * has_begin_token
+    return max(len(layout) - (not has_begin_token), num_own_ids)
 
 
 def _image_begin_ids(model: UnifiedModel) -> list[int]:

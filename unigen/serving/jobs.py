@@ -99,7 +99,7 @@ class Error:
 
     message: str
     """What has failed, in one line."""
-    again: bool = True
+    retryable: bool = True
     """Whether the same job may succeed when it is sent again."""
 
 

@@ -245,24 +245,24 @@ class _ResponseBuilder:
         """
         content = event.content if isinstance(event, Part) else None
         is_image = isinstance(event, Preview) or isinstance(content, Image.Image)
-        made: list[JSONObject] = []
+        new_events: list[JSONObject] = []
         if isinstance(event, Finished) or (is_image and self._item is not None and self._item["type"] == "message"):
-            made += self._finish_message()
+            new_events += self._finish_message()
         self.answer.add_event(event)
         if isinstance(event, (Preview, Part)) and self._item is None:
-            made += self._start_item(IMAGE_CALL if is_image else "message")
+            new_events += self._start_item(IMAGE_CALL if is_image else "message")
         if isinstance(event, Started):
             self.response["settings"] = event.settings
-            made += [self._event(name, response=dict(self.response)) for name in ("created", "in_progress")]
+            new_events += [self._event(name, response=dict(self.response)) for name in ("created", "in_progress")]
         elif isinstance(event, Preview):
-            made.append(await self._preview_event(event))
+            new_events.append(await self._preview_event(event))
         elif isinstance(content, str):
-            made.append(self._item_event("output_text.delta", content_index=0, delta=content, logprobs=[]))
+            new_events.append(self._item_event("output_text.delta", content_index=0, delta=content, logprobs=[]))
         elif content is not None:
-            made += await self._finish_image(content)
+            new_events += await self._finish_image(content)
         elif isinstance(event, Finished):
-            made.append(self._finish_response(event))
-        return made
+            new_events.append(self._finish_response(event))
+        return new_events
 
     def _event(self, kind: str, **fields: object) -> JSONObject:
         return {"type": f"response.{kind}", "sequence_number": next(self._sequence_numbers), **fields}

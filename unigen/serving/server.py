@@ -358,7 +358,7 @@ class Server:
 def _job_error(event: Rejected | Error) -> HTTPError:
     if isinstance(event, Rejected):
         return HTTPError(400, event.message)
-    if not event.again:
+    if not event.retryable:
         return HTTPError(500, event.message)
     return HTTPError(503, event.message, code="try_again", retry_after=1)
 

@@ -46,7 +46,7 @@ class StopStringFilter:
 
     def __init__(self, stops: tuple[str, ...] = ()) -> None:
         self.stops = [_StopStringMatcher(stop) for stop in stops]
-        self.held, self.shown, self.stopped = "", False, False
+        self.pending_text, self.has_output, self.stopped = "", False, False
 
     def feed(self, piece: str) -> str:
         """Add a piece of text.
@@ -59,24 +59,24 @@ class StopStringFilter:
         """
         if self.stopped:
             return ""
-        if not self.held and not self.shown:
+        if not self.pending_text and not self.has_output:
             piece = piece.lstrip()
         for i, character in enumerate(piece):
             match_lengths = [len(stop.text) for stop in self.stops if stop.feed(character)]
             if match_lengths:
-                text = self.held + piece[: i + 1]
-                self.held, self.stopped = text[: len(text) - max(match_lengths)], True
+                text = self.pending_text + piece[: i + 1]
+                self.pending_text, self.stopped = text[: len(text) - max(match_lengths)], True
                 return self.end()
-        self.held += piece
+        self.pending_text += piece
         match_length = max((stop.begun for stop in self.stops), default=0)
-        text = self.held[: len(self.held) - match_length].rstrip()
-        self.held = self.held[len(text) :]
-        self.shown |= bool(text)
+        text = self.pending_text[: len(self.pending_text) - match_length].rstrip()
+        self.pending_text = self.pending_text[len(text) :]
+        self.has_output |= bool(text)
         return text
 
     def end(self) -> str:
         """Return the text that was held back, at the end of a text, and start a new text."""
-        text, self.held, self.shown = self.held.rstrip(), "", False
+        text, self.pending_text, self.has_output = self.pending_text.rstrip(), "", False
         for stop in self.stops:
             stop.begun = 0
         return text

@@ -96,7 +96,7 @@ class _ActiveJob:
 def to_rejection(error: ValueError) -> Rejected | Error:
     """Convert an error to an event with one line. Values that are not finite are the model's fault: an `Error`."""
     line = " ".join(str(error).split())
-    return Error(line, again=False) if isinstance(error, NonFiniteError) else Rejected(line)
+    return Error(line, retryable=False) if isinstance(error, NonFiniteError) else Rejected(line)
 
 
 def to_finished(reason: str, usage: Usage) -> Finished:
@@ -216,7 +216,7 @@ class BatchedWorker(_BaseWorker):
                     if sequence_id in self.running:
                         self.running.abort(sequence_id)
                 print(f"unigen: {error}", file=sys.stderr)
-                yield number, Error(str(error), again=False)
+                yield number, Error(str(error), retryable=False)
 
     def _best_candidate_events(self, number: int, answer: _ActiveJob) -> Iterator[tuple[int, Event]]:
         try:

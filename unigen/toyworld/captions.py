@@ -71,10 +71,10 @@ def extract_facts(scene: Scene) -> Facts:
     """
     groups = groups_of(scene)
 
-    def left(group: Group) -> float:
+    def mean_x(group: Group) -> float:
         return float(np.mean([item.x for item in scene.objects if (item.name, item.color) == group[:2]]))
 
-    groups = tuple(sorted(groups, key=left))
+    groups = tuple(sorted(groups, key=mean_x))
     related = None
     if len(scene.objects) == 2 and len(groups) == 2:
         a, b = (_first_object(scene, group) for group in groups)
@@ -245,10 +245,10 @@ def noisy_caption(scene: Scene, rng: np.random.Generator) -> str:
     if u < 0.12:
         return " ".join(choose(rng, _FILLER) for _ in range(1 + int(rng.integers(2)))) + f" {int(rng.integers(1000))}"
     words = caption(extract_facts(scene)).split(" on a ")[0].split() if u < 0.6 else short_caption(scene, rng).split()
-    kept = [word for word in words if rng.random() > 0.3] or words[-1:]
+    kept_words = [word for word in words if rng.random() > 0.3] or words[-1:]
     if rng.random() < 0.5:
-        kept.insert(0 if rng.random() < 0.5 else len(kept), choose(rng, _FILLER))
-    return " ".join(kept)
+        kept_words.insert(0 if rng.random() < 0.5 else len(kept_words), choose(rng, _FILLER))
+    return " ".join(kept_words)
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -320,10 +320,10 @@ def parse_caption(text: str) -> Facts:
 
     relation = None
     for match in _RELATION.finditer(words_text):
-        left = [k for k, start in enumerate(starts) if start < match.start()]
-        after = [k for k, start in enumerate(starts) if start > match.start()]
-        if left and after:
-            a, b = left[-1], after[0]
+        groups_before = [k for k, start in enumerate(starts) if start < match.start()]
+        groups_after = [k for k, start in enumerate(starts) if start > match.start()]
+        if groups_before and groups_after:
+            a, b = groups_before[-1], groups_after[0]
             other_groups = [group for k, group in enumerate(groups) if k not in (a, b)]
             groups, relation = [groups[a], groups[b], *other_groups], _RELATION_WORDS[match[1]]
             break

@@ -101,21 +101,25 @@ class ChatSampler:
         """
         scene = self._sample_scene(rng)
         if rng.random() < 0.4:
-            whole = count_questions(scene, rng) if rng.random() < 0.5 else []
-            return [self._image_segment(scene), *_qa_turns(whole), *self._questions(scene, rng, 6 - len(whole))]
+            count_pairs = count_questions(scene, rng) if rng.random() < 0.5 else []
+            return [
+                self._image_segment(scene),
+                *_qa_turns(count_pairs),
+                *self._questions(scene, rng, 6 - len(count_pairs)),
+            ]
         while extract_facts(scene).relation is None:
             scene = self._sample_scene(rng)
         relation_questions = [
             qa for _ in range(2) for qa in questions(scene, rng) if qa.kind == "relation"
         ] + position_questions(scene, rng)
-        found = list(
+        pairs = list(
             {
                 relation_questions[k].question: relation_questions[k] for k in rng.permutation(len(relation_questions))
             }.values()
         )
         if rng.random() < 0.7:
-            found.sort(key=lambda qa: not (qa.kind == "relation" and qa.question.startswith("where")))
-        return [self._image_segment(scene), *_qa_turns(found[:6])]
+            pairs.sort(key=lambda qa: not (qa.kind == "relation" and qa.question.startswith("where")))
+        return [self._image_segment(scene), *_qa_turns(pairs[:6])]
 
     def edit(self, rng: np.random.Generator) -> list[Segment]:
         """A picture, an instruction, and the picture after it."""
@@ -179,14 +183,14 @@ class ChatSampler:
         return [Segment(text=text), self._image_segment(scene, "assistant")]
 
     def _questions(self, scene: Scene, rng: np.random.Generator, count: int) -> list[Segment]:
-        found = questions(scene, rng)[:count]
-        if found and rng.random() < 0.3:
-            found[int(rng.integers(len(found)))] = (position_questions(scene, rng) or found)[0]
-        return _qa_turns(found)
+        pairs = questions(scene, rng)[:count]
+        if pairs and rng.random() < 0.3:
+            pairs[int(rng.integers(len(pairs)))] = (position_questions(scene, rng) or pairs)[0]
+        return _qa_turns(pairs)
 
 
-def _qa_turns(found: list[QAPair]) -> list[Segment]:
-    return [segment for qa in found for segment in _question_answer(qa.question, qa.answer)]
+def _qa_turns(pairs: list[QAPair]) -> list[Segment]:
+    return [segment for qa in pairs for segment in _question_answer(qa.question, qa.answer)]
 
 
 def _question_answer(question: str, answer: str) -> list[Segment]:

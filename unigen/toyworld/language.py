@@ -134,13 +134,13 @@ def questions(scene: Scene, rng: np.random.Generator) -> list[QAPair]:
     "natural" thinned out.
     """
     facts = extract_facts(scene)
-    found = [
+    pairs = [
         *_presence_questions(scene, facts, rng),
         *_count_questions(scene, facts, rng),
         *_color_questions(facts, rng),
         *_relation_questions(facts, rng),
     ]
-    return [found[k] for k in rng.permutation(len(found))]
+    return [pairs[k] for k in rng.permutation(len(pairs))]
 
 
 def _presence_questions(scene: Scene, facts: Facts, rng: np.random.Generator) -> list[QAPair]:
@@ -166,29 +166,29 @@ def _count_questions(scene: Scene, facts: Facts, rng: np.random.Generator) -> li
     for name, _, count in facts.groups:
         totals[name] = totals.get(name, 0) + count
     form = _pick(rng, ("how many {} are there?", "how many {}?", "how many {} do you see?"))
-    found = [
+    pairs = [
         QAPair(form.format(plural(name)), NUMBER_WORDS[count], "count")
         for name, count in totals.items()
         if count > 1 or rng.random() < 0.35
     ]
     if rng.random() < 0.12:
-        found.append(QAPair(form.format(plural(_absent_object(scene, rng))), "zero", "count"))
+        pairs.append(QAPair(form.format(plural(_absent_object(scene, rng))), "zero", "count"))
     if rng.random() < 0.2:
-        found.append(QAPair("how many objects are there?", NUMBER_WORDS[len(scene.objects)], "count"))
-    return found
+        pairs.append(QAPair("how many objects are there?", NUMBER_WORDS[len(scene.objects)], "count"))
+    return pairs
 
 
 def _color_questions(facts: Facts, rng: np.random.Generator) -> list[QAPair]:
-    found = []
+    pairs = []
     names = [name for name, _, _ in facts.groups]
     for name, color, count in facts.groups:
         if names.count(name) == 1 and (color is not None or rng.random() < 0.15):
             verb = "is" if count == 1 else "are"
-            found.append(QAPair(f"what color {verb} the {noun_form(name, count)}?", color or "natural", "colour"))
+            pairs.append(QAPair(f"what color {verb} the {noun_form(name, count)}?", color or "natural", "colour"))
     if rng.random() < 0.5 and facts.background is not None:
         form = _pick(rng, ("what color is the background?", "what is the color of the background?"))
-        found.append(QAPair(form, facts.background, "background"))
-    return found
+        pairs.append(QAPair(form, facts.background, "background"))
+    return pairs
 
 
 def _relation_questions(facts: Facts, rng: np.random.Generator) -> list[QAPair]:
@@ -198,13 +198,13 @@ def _relation_questions(facts: Facts, rng: np.random.Generator) -> list[QAPair]:
     a, b, side = noun_form(facts.groups[0][0]), noun_form(facts.groups[1][0]), facts.relation
     assert side is not None
     to = {"left of": "to the left of", "right of": "to the right of"}
-    found = [QAPair(f"where is the {a} as seen from the {b}?", side, "relation")]
+    pairs = [QAPair(f"where is the {a} as seen from the {b}?", side, "relation")]
     stated_relation = side if rng.random() < 0.5 else OPPOSITE[side] if rng.random() < 0.6 else _pick(rng, RELATIONS)
     answer = "yes" if stated_relation == side else "no"
-    found.append(QAPair(f"is the {a} {to.get(stated_relation, stated_relation)} the {b}?", answer, "relation"))
+    pairs.append(QAPair(f"is the {a} {to.get(stated_relation, stated_relation)} the {b}?", answer, "relation"))
     if rng.random() < 0.5:
-        found.append(QAPair(f"what is {to.get(side, side)} the {b}?", a, "relation"))
-    return found
+        pairs.append(QAPair(f"what is {to.get(side, side)} the {b}?", a, "relation"))
+    return pairs
 
 
 def count_questions(scene: Scene, rng: np.random.Generator) -> list[QAPair]:
@@ -220,8 +220,8 @@ def count_questions(scene: Scene, rng: np.random.Generator) -> list[QAPair]:
     ]
     colors = [item.color for item in scene.objects if item.color is not None and item.color not in natural]
     counts = {"objects": len(scene.objects)} | {f"{color} objects": colors.count(color) for color in colors}
-    found = [QAPair(form.format(subject), NUMBER_WORDS[count], "count") for subject, count in counts.items()]
-    return [found[k] for k in rng.permutation(len(found))]
+    pairs = [QAPair(form.format(subject), NUMBER_WORDS[count], "count") for subject, count in counts.items()]
+    return [pairs[k] for k in rng.permutation(len(pairs))]
 
 
 def position_questions(scene: Scene, rng: np.random.Generator) -> list[QAPair]:
@@ -229,8 +229,8 @@ def position_questions(scene: Scene, rng: np.random.Generator) -> list[QAPair]:
     names = [item.name for item in scene.objects]
     single = [item for item in scene.objects if names.count(item.name) == 1]
     form = _pick(rng, ("where is the {}?", "where do you see the {}?"))
-    found = [QAPair(form.format(noun_form(item.name)), position_phrase(item, scene.size), "place") for item in single]
-    return [found[k] for k in rng.permutation(len(found))]
+    pairs = [QAPair(form.format(noun_form(item.name)), position_phrase(item, scene.size), "place") for item in single]
+    return [pairs[k] for k in rng.permutation(len(pairs))]
 
 
 # --- edits ----------------------------------------------------------------------------------------

@@ -214,9 +214,9 @@ def has_model_of_step(run_dir: Path, step: int) -> bool:
     """
     folder = run_dir / "model"
     try:
-        written = load_json(_model_record_path(run_dir))
-        files = written.get("files", [])  # earlier versions recorded the step alone
-        return folder.is_dir() and written["step"] == step and all((folder / name).is_file() for name in files)
+        record = load_json(_model_record_path(run_dir))
+        files = record.get("files", [])  # earlier versions recorded the step alone
+        return folder.is_dir() and record["step"] == step and all((folder / name).is_file() for name in files)
     except (ValueError, KeyError, TypeError, AttributeError):
         return False
 

@@ -92,10 +92,12 @@ def _call_checked(path: str, call: str, kind: type[T], function: Callable[..., o
         result = function(*arguments)
     except TypeError as error:
         match = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
-        known = ARGUMENT_RENAMES.get(match[1], ARGUMENT_RENAMES["RunConfig"]) if match else {}
-        if match is None or match[2] not in known:
+        renames = ARGUMENT_RENAMES.get(match[1], ARGUMENT_RENAMES["RunConfig"]) if match else {}
+        if match is None or match[2] not in renames:
             raise
-        raise ValueError(f"the recipe {path} gives {match[1]} {match[2]}=, which is {known[match[2]]}= now") from error
+        raise ValueError(
+            f"the recipe {path} gives {match[1]} {match[2]}=, which is {renames[match[2]]}= now"
+        ) from error
     if not isinstance(result, kind):
         raise ValueError(f"{call} of the recipe {path} must return a {kind.__name__}, not a {type(result).__name__}")
     return result

@@ -24,7 +24,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parse; ValueError in one line for words that are left over."""
-        found, unrecognized = self.parse_known_args(args, namespace)
+        parsed, unrecognized = self.parse_known_args(args, namespace)
         if unrecognized:
             option = next((word.partition("=")[0] for word in unrecognized if word.startswith("-")), None)
             if option is None:
@@ -33,11 +33,11 @@ class OneLineParser(argparse.ArgumentParser):
                 hint = did_you_mean(option, self._option_string_actions)
             self.error(f"unrecognized arguments: {' '.join(unrecognized)}{hint}")
         for action in self._actions:
-            value = getattr(found, action.dest, None)
+            value = getattr(parsed, action.dest, None)
             if action.nargs is None and value is not action.default and isinstance(value, list):
                 if not value or [] in value:  # Python 3.11 reads --name=-- as an empty list
                     self.error(f"argument {'/'.join(action.option_strings)}: expected one argument")
-        return found
+        return parsed
 
     def print_help(self, file: Any = None) -> None:
         """Print the help, and let errors of the output through."""

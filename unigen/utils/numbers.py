@@ -38,8 +38,8 @@ def parse_float(text: str) -> float:
 class NonFiniteError(ValueError):
     """A model's numbers are infinite or nan."""
 
-    def __init__(self, what: str, dtype: torch.dtype) -> None:
-        held = str(dtype).removeprefix("torch.")
-        others = {"float16": "bfloat16 or float32", "bfloat16": "float32"}.get(held)
+    def __init__(self, description: str, dtype: torch.dtype) -> None:
+        dtype_name = str(dtype).removeprefix("torch.")
+        others = {"float16": "bfloat16 or float32", "bfloat16": "float32"}.get(dtype_name)
         advice = f"load it with dtype {others}" if others else "its checkpoint may be damaged"
-        super().__init__(f"{what} of this model are not finite in {held}: {advice}")
+        super().__init__(f"{description} of this model are not finite in {dtype_name}: {advice}")

@@ -202,16 +202,16 @@ MAX_IMAGES = IntRange(1, 64)
 """Pictures of one answer in text and pictures."""
 
 
-def number_argument(low: float, high: float, whole: bool = True, above: bool = False) -> Callable[[str], float]:
+def number_argument(low: float, high: float, is_integer: bool = True, above: bool = False) -> Callable[[str], float]:
     """The type of an argument of argparse that has a range of its own.
 
     Args:
         low: the first of the range.
         high: the last.
-        whole: are they whole numbers?
+        is_integer: are they whole numbers?
         above: is `low` itself outside?
 
     Returns:
         What parses the argument.
     """
-    return IntRange(int(low), int(high)).parse if whole else FloatRange(low, high, above=above).parse
+    return IntRange(int(low), int(high)).parse if is_integer else FloatRange(low, high, above=above).parse

@@ -11,10 +11,10 @@ from pathlib import Path
 def shorten(value: object, most: int = 60) -> str:
     """The repr of a value in one line of at most `most` letters."""
     try:
-        shown = " ".join(repr(value).split())
+        text = " ".join(repr(value).split())
     except Exception:  # a number of more digits than Python writes out, an object whose repr is broken
-        shown = f"a {type(value).__name__}"
-    return shown if len(shown) <= most else f"{shown[: most - 3]}..."
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:

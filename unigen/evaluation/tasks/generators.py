@@ -188,8 +188,8 @@ class GeneratorsTask(EvaluationTask):
         self._report("through the codes", reconstructions, distances)
         overall, sheet_rows = {}, []
         for name, options in self._generators(run):
-            batch, more = run.args.batch, {"generator": name, **options}
-            images = generate_outputs(engine, self.scenes, examples, self.n, batch, self.seed, **more)
+            batch, sampling = run.args.batch, {"generator": name, **options}
+            images = generate_outputs(engine, self.scenes, examples, self.n, batch, self.seed, **sampling)
             cost = measure_cost(engine, name, [str(example.prompt) for example in examples], **options)
             overall[name] = self._report(name, images, distances, cost)
             sheet_rows.append([images[i][0] for i in range(0, len(examples), max(1, len(examples) // 18))])
