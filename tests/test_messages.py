@@ -5,10 +5,12 @@ Run: pytest tests/test_messages.py
 
 from __future__ import annotations
 
+import pkgutil
 from pathlib import Path
 
 import pytest
 
+import unigen.evaluation.tasks
 from unigen.commands.main import COMMANDS, main
 from unigen.hub import resolve
 from unigen.training.recipe_files import find_recipe
@@ -99,7 +101,8 @@ def test_help_of_eval_says_what_each_task_does(capsys: pytest.CaptureFixture[str
     rows = {
         line.split()[0]: line.split()[1:] for line in shown.splitlines() if line.startswith("  ") and line[2] != " "
     }
-    assert {"scenes", "understanding", "tokenizer", "generators", "digits"} == set(rows)
+    tasks = {name for _, name, _ in pkgutil.iter_modules(unigen.evaluation.tasks.__path__)}
+    assert {"scenes", "digits"} < tasks == set(rows)
     assert all(len(words) > 5 for words in rows.values())
 
 
