@@ -29,6 +29,8 @@ def test_the_table_of_benches(root: Path, capsys: pytest.CaptureFixture[str]) ->
         assert bench.main(given) == 2
         said = capsys.readouterr().err
         assert said.startswith(f"bench: error: argument {given[1]}: ") and said.count("\n") == 1
+    assert bench.main(["generate", "--writers", "flow"]) == 2
+    assert "--writers is called --generators now" in capsys.readouterr().err
 
 
 def test_figures_of_variants_stand_in_a_line_each() -> None:

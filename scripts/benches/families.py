@@ -129,8 +129,8 @@ def llamagen_b(dtype: str) -> UnifiedModel:
     lm = LlamaForCausalLM._from_config(config, attn_implementation="sdpa")
     backbone = llamagen.ClassBackbone(lm, CLASSES, side).to(getattr(torch, dtype))
     template, tokenizer_stub = ClassTemplate(CLASSES - 1, side * side), NoImageTokenizer(side, codes)
-    writers: dict[str, Any] = {"next-token": NextToken((side, side))}
-    model = UnifiedModel("llamagen", backbone, Vocabulary(CLASSES, codes), None, tokenizer_stub, template, writers)  # type: ignore[arg-type]
+    generators: dict[str, Any] = {"next-token": NextToken((side, side))}
+    model = UnifiedModel("llamagen", backbone, Vocabulary(CLASSES, codes), None, tokenizer_stub, template, generators)  # type: ignore[arg-type]
     model.set_default_sampling("next-token", **llamagen.DEFAULT_SAMPLING["c2i"])
     return without_decoding(model)
 
@@ -191,9 +191,9 @@ def var_d16(dtype: str) -> UnifiedModel:
     for part in (lm, head.proj_in, head.scale_embedding, head.position_embedding):
         part.to(getattr(torch, dtype))
     template = ClassTemplate(CLASSES - 1, head.num_positions())
-    writers: dict[str, Any] = {"next-scale": head}
+    generators: dict[str, Any] = {"next-scale": head}
     vocabulary = Vocabulary(CLASSES, tokenizer.codebook_size)
-    model = UnifiedModel("var", var.VARBackbone(lm), vocabulary, None, tokenizer, template, writers)  # type: ignore[arg-type]
+    model = UnifiedModel("var", var.VARBackbone(lm), vocabulary, None, tokenizer, template, generators)  # type: ignore[arg-type]
     model.set_default_sampling("next-scale", **var.DEFAULT_SAMPLING)
     return model.eval()
 
@@ -337,9 +337,9 @@ def janus_1b(dtype: str) -> tuple[UnifiedModel, Any]:
     }
     backbone.load_state_dict(state, assign=True)
     template = FixedPromptTemplate(None, side * side)
-    writers: dict[str, Any] = {"next-token": NextToken((side, side))}
+    generators: dict[str, Any] = {"next-token": NextToken((side, side))}
     vocabulary = Vocabulary(text["vocab_size"], codes)  # type: ignore[arg-type]
-    model = UnifiedModel("janus", backbone, vocabulary, None, NoImageTokenizer(side, codes), template, writers)  # type: ignore[arg-type]
+    model = UnifiedModel("janus", backbone, vocabulary, None, NoImageTokenizer(side, codes), template, generators)  # type: ignore[arg-type]
     model.set_default_sampling("next-token", **janus.DEFAULT_SAMPLING)
     return without_decoding(model), reference_model
 

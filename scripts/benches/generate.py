@@ -1,6 +1,6 @@
-"""Pictures a second of every way of writing, and how time grows with the number of image tokens.
+"""Images per second of every generator, and how time grows with the number of image tokens.
 
-    python scripts/bench.py generate [--tokens 64,256,1024] [--batch 1,16] [--writers a,b] [--repeat 3]
+    python scripts/bench.py generate [--tokens 64,256,1024] [--batch 1,16] [--generators a,b] [--repeat 3]
         [--dtype float32] [--json FILE]
 
 A model of the shipped one's shape with random weights (time does not depend on what was learnt) for pictures of 8x8,
@@ -25,6 +25,7 @@ from unigen.inference.engine import Engine
 from unigen.model import assembly
 from unigen.models import load
 from unigen.nn.cpu.linear import pack_linears
+from unigen.options import RenamedAction
 from unigen.tokenizers.kl import KLConfig, KLTokenizer
 from unigen.tokenizers.vq import VQConfig, VQTokenizer
 from unigen.utils.argparser import OneLineParser
@@ -36,7 +37,7 @@ SCALES = {8: (1, 2, 4, 6, 8), 16: (1, 2, 4, 6, 8, 12, 16), 32: (1, 2, 4, 6, 8, 1
 """Sides of the token maps by that of the grid, those of 8 being the shipped tokenizer's."""
 
 
-def make_model(side: int, writers: list[str], dtype: torch.dtype) -> Any:
+def make_model(side: int, names: list[str], dtype: torch.dtype) -> Any:
     """Random weights in the shipped model's shape, for pictures of side x side tokens."""
     base = load("unigen-tiny")
     torch.manual_seed(0)
@@ -49,11 +50,11 @@ def make_model(side: int, writers: list[str], dtype: torch.dtype) -> Any:
         "kl": KLTokenizer(KLConfig(image_size=pixels)),
     }
     frame = assembly.build_context(base.backbone.lm, base.text_tokenizer, image_tokenizer)
-    kinds = {name: generators.find_generator(name).tokenizer_kind for name in writers}
+    kinds = {name: generators.find_generator(name).tokenizer_kind for name in names}
     heads = [
         build.build_generator(name, replace(frame, tokenizer=tokenizers[kind])) for name, kind in kinds.items() if kind
     ]
-    model = assembly.build_from_config(shape, base.text_tokenizer, image_tokenizer, writers, heads)
+    model = assembly.build_from_config(shape, base.text_tokenizer, image_tokenizer, names, heads)
     return model.to(dtype).eval()
 
 
@@ -61,7 +62,8 @@ def main(args: list[str]) -> int:
     parser = OneLineParser(prog="bench.py generate", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--tokens", default="64,256,1024", help="some of 64,256,1024")
     parser.add_argument("--batch", default="1,16")
-    parser.add_argument("--writers", default=",".join(GENERATORS), help="default: %(default)s")
+    parser.add_argument("--generators", default=",".join(GENERATORS), help="default: %(default)s")
+    parser.add_argument("--writers", action=RenamedAction, const="--generators")
     parser.add_argument(
         "--repeat", type=number_argument(1, 100_000), default=3, help="runs of each contender; the best counts"
     )
@@ -74,12 +76,12 @@ def main(args: list[str]) -> int:
         raise ValueError(f"--tokens takes some of {','.join(map(str, side_by_tokens))}")
     if not all(batch.isdigit() and int(batch) for batch in batches):
         raise ValueError("--batch takes whole numbers of at least 1")
-    writers = list(dict.fromkeys(["next-token", *options.writers.split(",")]))
+    names = list(dict.fromkeys(["next-token", *options.generators.split(",")]))
     started = time.monotonic()
     rows: list[dict[str, Any]] = []
-    print("writer      tokens  batch  pictures/s  ratio   decode/s  backbone  head")
+    print("generator   tokens  batch  pictures/s  ratio   decode/s  backbone  head")
     for tokens in map(int, options.tokens.split(",")):
-        model = make_model(side_by_tokens[tokens], writers, getattr(torch, options.dtype))
+        model = make_model(side_by_tokens[tokens], names, getattr(torch, options.dtype))
         pack_linears(model.backbone)
         engine = Engine(model)
         step, heads = CallCounter(engine.model, "cached_hidden_states"), engine.model.heads.values()
@@ -90,22 +92,22 @@ def main(args: list[str]) -> int:
         for batch in map(int, batches):
             best: dict[str, tuple[float, float, int, int]] = {}
             for repetition in range(options.repeat + 1):
-                for writer in writers:
+                for name in names:
                     for watch in (step, *velocities):
                         watch.calls = 0
                     before = sum(d.seconds for d in decoders)
                     start = time.perf_counter()
-                    engine.generate_batch(["two apples on a blue background"] * batch, generator=writer)
+                    engine.generate_batch(["two apples on a blue background"] * batch, generator=name)
                     seconds = time.perf_counter() - start
                     decoding = sum(d.seconds for d in decoders) - before
-                    if repetition and (writer not in best or seconds - decoding < best[writer][0]):
-                        best[writer] = (seconds - decoding, decoding, step.calls, sum(v.calls for v in velocities))
-            for writer in writers:
-                seconds, decoding, steps, evaluations = best[writer]
+                    if repetition and (name not in best or seconds - decoding < best[name][0]):
+                        best[name] = (seconds - decoding, decoding, step.calls, sum(v.calls for v in velocities))
+            for name in names:
+                seconds, decoding, steps, evaluations = best[name]
                 baseline = batch / best["next-token"][0]
                 rows.append(
                     {
-                        "name": f"{writer} {tokens}",
+                        "name": f"{name} {tokens}",
                         "value": batch / seconds,
                         "unit": "pictures/s",
                         "baseline": baseline,
@@ -117,7 +119,7 @@ def main(args: list[str]) -> int:
                     }
                 )
                 print(
-                    f"{writer:<11} {tokens:>6} {batch:>6} {batch / seconds:>11.2f} {batch / seconds / baseline:>6.2f} "
+                    f"{name:<11} {tokens:>6} {batch:>6} {batch / seconds:>11.2f} {batch / seconds / baseline:>6.2f} "
                     f"{batch / decoding:>10.1f} {steps:>9} {evaluations:>5}",
                     flush=True,
                 )
