@@ -39,7 +39,7 @@ def main() -> int:
     from unigen.utils.files import write_report
 
     parity_rows, started = [], time.monotonic()
-    print(f"{'row':28} {'error':>9} {'control':>9}  {'':4}  against; control")
+    print(f"{'row':28} {'error':>9} {'control':>9}  {'':4}  reference; control")
     for name in args.families or family_names():
         case = importlib.import_module(f"tests.parity.{name}")
         if args.goldens:
@@ -52,18 +52,18 @@ def main() -> int:
             case.checkpoint(Path(scratch))
             for row in case.rows(Path(scratch)):
                 parity_rows.append(row)
-                verdict = "-" if row.absent else "ok" if row.passed else "BAD"
-                why = row.absent or f"{row.against}; {row.trap}"
+                verdict = "-" if row.skip_reason else "ok" if row.passed else "BAD"
+                why = row.skip_reason or f"{row.reference}; {row.mistake}"
                 print(f"{row.name:28} {row.error:9.1e} {row.control:9.1e}  {verdict:4}  {why}", flush=True)
     if args.json:
         rows = [
-            {"name": row.name, "value": None if row.absent else row.error, "unit": "std", "control": row.control}
-            | {"passed": row.passed, "against": row.absent or row.against, "mistake": row.trap}
+            {"name": row.name, "value": None if row.skip_reason else row.error, "unit": "std", "control": row.control}
+            | {"passed": row.passed, "against": row.skip_reason or row.reference, "mistake": row.mistake}
             for row in parity_rows
         ]
         command = f"python scripts/parity.py {' '.join(sys.argv[1:])}"
         write_report(args.json, command=command, model="made here", rows=rows, seconds=time.monotonic() - started)
-    return int(any(not row.passed for row in parity_rows if not row.absent))
+    return int(any(not row.passed for row in parity_rows if not row.skip_reason))
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ class Reference:
 def rows(folder: Path) -> Iterator[ParityRow]:
     engine = unigen.load(str(folder), device="cpu")
     model, reference = engine.model, Reference(folder)
-    template, begin, against = (
+    template, begin, reference_name = (
         model.template,
         model.template.begin_ids["next-token"],
         "transformers' Chameleon, unmasked",
@@ -150,17 +150,17 @@ def rows(folder: Path) -> Iterator[ParityRow]:
     greedy = reference.codes(official, height * width, SamplingOptions(0.0), 0)
     reference_values = torch.stack([reference.guided(official, greedy[:position]) for position in places])
     logits = {}
-    for trap in (False, True):
-        with without_image_branch(template, trap), common.record_logits(next_token) as steps:
+    for with_mistake in (False, True):
+        with without_image_branch(template, with_mistake), common.record_logits(next_token) as steps:
             engine.generate(shown, temperature=0.0)
-        logits[trap] = torch.stack([steps[position][0] for position in places])
-    trap_said = "no branch that sees the picture alone"
+        logits[with_mistake] = torch.stack([steps[position][0] for position in places])
+    mistake = "no branch that sees the picture alone"
     yield ParityRow(
         "chameleon logits",
         max_error(logits[False], reference_values),
         max_error(logits[True], reference_values),
-        trap_said,
-        against,
+        mistake,
+        reference_name,
     )
 
     for name, sampling, seed in (("greedy", SamplingOptions(0.0), 0), ("sampled", SamplingOptions(1.0, top_p=0.95), 5)):
@@ -168,10 +168,10 @@ def rows(folder: Path) -> Iterator[ParityRow]:
         expected_ids = reference.codes(official, height * width, sampling, seed)
         expected_ids += reference.codes(reference.branches(), height * width, sampling, seed)
         sampled_ids: dict[bool, list[int]] = {False: [], True: []}
-        for trap, codes in sampled_ids.items():
+        for with_mistake, codes in sampled_ids.items():
             for prompt_document in (shown, Document.of(WORDS)):
                 request = engine.build_request(prompt_document, "image", **options)
-                with without_image_branch(template, trap):
+                with without_image_branch(template, with_mistake):
                     list(engine.run_requests([request]))
                 image = request.document.segments[-1].image
                 assert isinstance(image, Tensor)
@@ -179,19 +179,19 @@ def rows(folder: Path) -> Iterator[ParityRow]:
         assert len(set(expected_ids)) >= 32, f"too few different codes: {len(set(expected_ids))}"
         share = mismatch_share(sampled_ids[True][: height * width], expected_ids[: height * width])
         yield ParityRow(
-            f"chameleon {name} ids", mismatch_share(sampled_ids[False], expected_ids), share, trap_said, against
+            f"chameleon {name} ids", mismatch_share(sampled_ids[False], expected_ids), share, mistake, reference_name
         )
 
     golden, tokenizer = load_file(common.GOLDENS / "liquid_vqgan.safetensors"), model.image_tokenizer
     reference_values = golden["pixels"].clamp(-1, 1)
     made_BCHW, wrong_BCHW = tokenizer.decode(golden["codes"]), tokenizer.decode(golden["codes"].transpose(1, 2))
-    against = "the official VQModel (goldens)"
+    reference_name = "the official VQModel (goldens)"
     yield ParityRow(
         "chameleon codes to pixels",
         max_error(made_BCHW, reference_values),
         max_error(wrong_BCHW, reference_values),
         "columns for rows",
-        against,
+        reference_name,
     )
 
 

@@ -28,19 +28,24 @@ processor, another number of threads) are at most a tenth of the former apart; a
 
 @dataclass(frozen=True)
 class ParityRow:
-    """error: the largest difference, in standard deviations of the reference; of ids, the share that differs. control:
-    the same with the mistake `trap` put in. against: what the reference is. absent: why the row could not be run."""
+    """One comparison of ours with the reference, and the same with a known mistake."""
 
     name: str
+    """Printed name."""
     error: float
+    """Largest difference, in standard deviations of the reference; of ids, the share that differs."""
     control: float
-    trap: str
-    against: str
-    absent: str = ""
+    """The error with the mistake put in."""
+    mistake: str
+    """The mistake that the control puts in."""
+    reference: str
+    """The code that the row is compared with."""
+    skip_reason: str = ""
+    """Why the row could not be run, empty where it was."""
 
     @property
     def passed(self) -> bool:
-        return not self.absent and self.error <= MAX_ERROR_SHARE * self.control and self.control > MIN_CONTROL
+        return not self.skip_reason and self.error <= MAX_ERROR_SHARE * self.control and self.control > MIN_CONTROL
 
 
 def max_error(ours: Tensor, reference: Tensor) -> float:
@@ -134,7 +139,7 @@ def byte_level_tokenizer(folder: Path, lines: Sequence[str], specials: Sequence[
 
 
 class wrong_row_end:  # noqa: N801
-    """The trap of the sheet: a picture whose rows do not end by their token."""
+    """The mistake of the control: a picture whose rows do not end by their token."""
 
     def __init__(self, template: Any, row_end: tuple[int, ...]) -> None:
         self.template, self.row_end = template, row_end

@@ -170,7 +170,7 @@ def rows(folder: Path) -> Iterator[ParityRow]:
     engine = unigen.load(str(folder), device="cpu")
     model, reference = engine.model, Reference(folder)
     template, grid = model.template, (HEIGHT // STRIDE, WIDTH // STRIDE)
-    size, against = (WIDTH, HEIGHT), "transformers' generate with guidance and grammar"
+    size, reference_name = (WIDTH, HEIGHT), "transformers' generate with guidance and grammar"
 
     def ours(words: str, grid: tuple[int, int]) -> list[int]:
         opening = [template.begin_ids["next-token"], *template.layout(grid).prefix]
@@ -193,12 +193,12 @@ def rows(folder: Path) -> Iterator[ParityRow]:
     with common.wrong_row_end(template, ()):
         bare = model.token_ids(template.prompt(prompt_document, output="text"))
     official = reference.question("What is it")
-    trap = "no ends of rows"
+    mistake = "no ends of rows"
     yield ParityRow(
         "emu3 question ids",
         mismatch_share(ids, official),
         mismatch_share(bare, official),
-        trap,
+        mistake,
         "Emu3Processor, Emu3VQVAE",
     )
 
@@ -215,14 +215,18 @@ def rows(folder: Path) -> Iterator[ParityRow]:
         "emu3 logits",
         max_error(center_crop(runs[0][0]), reference_values),
         max_error(center_crop(runs[1][0]), reference_values),
-        trap,
-        against,
+        mistake,
+        reference_name,
     )
 
     expected_ids, greedy, control = list(codes), runs[0][1].flatten().tolist(), runs[1][1].flatten().tolist()
     assert len(set(expected_ids)) >= 32, f"too few different codes: {len(set(expected_ids))}"
     yield ParityRow(
-        "emu3 greedy ids", mismatch_share(greedy, expected_ids), mismatch_share(control, expected_ids), trap, against
+        "emu3 greedy ids",
+        mismatch_share(greedy, expected_ids),
+        mismatch_share(control, expected_ids),
+        mistake,
+        reference_name,
     )
 
     sampling = SamplingOptions(1.0, 100)
@@ -238,7 +242,7 @@ def rows(folder: Path) -> Iterator[ParityRow]:
         "emu3 sampled ids",
         mismatch_share(sampled_ids, expected_ids),
         mismatch_share(control, expected_ids),
-        trap,
+        mistake,
         "transformers' forward",
     )
 

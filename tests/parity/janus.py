@@ -276,13 +276,13 @@ def rows(folder: Path) -> Iterator[ParityRow]:
     greedy = reference.codes(PROMPTS[0], height * width, SamplingOptions(0.0), 5.0, 0)
     reference_values = torch.stack([reference.guided(PROMPTS[0], greedy[:position], 5.0) for position in places])
     runs = []
-    for trap in (False, True):
-        with codes_as_text(model, trap), common.record_logits(next_token) as steps:
+    for with_mistake in (False, True):
+        with codes_as_text(model, with_mistake), common.record_logits(next_token) as steps:
             engine.generate(PROMPTS[0], temperature=0.0)
         runs.append(torch.stack([steps[position][0] for position in places]))
-    trap_said = "codes through the text's table"
+    mistake = "codes through the text's table"
     yield ParityRow(
-        "janus logits", max_error(runs[0], reference_values), max_error(runs[1], reference_values), trap_said, script
+        "janus logits", max_error(runs[0], reference_values), max_error(runs[1], reference_values), mistake, script
     )
 
     for name, sampling, seed in (("greedy", SamplingOptions(0.0), 0), ("sampled", SamplingOptions(1.0), 5)):
@@ -290,9 +290,9 @@ def rows(folder: Path) -> Iterator[ParityRow]:
         for words in PROMPTS:
             options = {"seed": seed, "temperature": sampling.temperature}
             expected_ids += reference.codes(words, height * width, sampling, 5.0, seed)
-            for trap, sampled_ids in ((False, written), (True, control)):
+            for with_mistake, sampled_ids in ((False, written), (True, control)):
                 request = engine.build_request(words, "image", **options)
-                with codes_as_text(model, trap):
+                with codes_as_text(model, with_mistake):
                     list(engine.run_requests([request]))
                 sampled_ids += request.document.segments[-1].image.flatten().tolist()
         assert len(set(expected_ids)) >= 32, f"too few different codes: {len(set(expected_ids))}"
@@ -300,7 +300,7 @@ def rows(folder: Path) -> Iterator[ParityRow]:
             f"janus {name} ids",
             mismatch_share(written, expected_ids),
             mismatch_share(control, expected_ids),
-            trap_said,
+            mistake,
             script,
         )
 
@@ -309,16 +309,16 @@ def rows(folder: Path) -> Iterator[ParityRow]:
     long = vqgan.VQGAN(vqgan.VQGANConfig(**without_unit(tokenizer)))
     long.load_state_dict(tokenizer.state_dict())
     wrong = float((long.encode(pixels()) != golden["codes"]).float().mean())
-    against, trap_said = "the official VQ-16 (goldens)", "not of unit length"
-    yield ParityRow("janus pixels to codes", share, wrong, trap_said, against)
+    reference_name, mistake = "the official VQ-16 (goldens)", "not of unit length"
+    yield ParityRow("janus pixels to codes", share, wrong, mistake, reference_name)
     reference_values = golden["pixels"].clamp(-1, 1)
     made_BCHW, wrong_BCHW = tokenizer.decode(golden["codes"]), long.eval().decode(golden["codes"])
     yield ParityRow(
         "janus codes to pixels",
         max_error(made_BCHW, reference_values),
         max_error(wrong_BCHW, reference_values),
-        trap_said,
-        against,
+        mistake,
+        reference_name,
     )
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -385,7 +385,7 @@ class Transformers:
 def transformers_rows(folder: Path) -> Iterator[ParityRow]:
     engine = unigen.load(str(folder), device="cpu")
     model, reference = engine.model, Transformers(folder)
-    template, begin, against = model.template, model.template.begin_ids["next-token"], "transformers' generate"
+    template, begin, reference_name = model.template, model.template.begin_ids["next-token"], "transformers' generate"
 
     engine_output = [
         id for words in PROMPTS for id in (*template.prompt(Document.of(words), output="image").ids, begin)
@@ -413,11 +413,11 @@ def transformers_rows(folder: Path) -> Iterator[ParityRow]:
             list(engine.run_requests([request]))
         texts = template.tokenizer(request.document.segments[-1].text, add_special_tokens=False)["input_ids"]
         runs.append((steps[0][0], texts))
-    legal, trap = runs[0][0].isfinite(), "a picture stretched"
+    legal, mistake = runs[0][0].isfinite(), "a picture stretched"
     yield ParityRow(
         "janus-hf answer logits", max_error(runs[0][0][legal], reference_values[legal]),
         max_error(runs[1][0][legal], reference_values[legal]),
-        trap, against,
+        mistake, reference_name,
     )  # fmt: skip
     assert len(ids) == 16
     decoded_text = template.tokenizer(template.decode(ids), add_special_tokens=False)["input_ids"]
@@ -425,12 +425,12 @@ def transformers_rows(folder: Path) -> Iterator[ParityRow]:
         "janus-hf answer ids",
         mismatch_share(runs[0][1], decoded_text),
         mismatch_share(runs[1][1], decoded_text),
-        trap,
-        against,
+        mistake,
+        reference_name,
     )
 
     codes, steps_NK = reference.draw(PROMPTS[0], do_sample=False)
-    places, trap = [0, 1, model.image_tokenizer.grid[1] - 1, len(codes) - 1], "codes through the text's table"
+    places, mistake = [0, 1, model.image_tokenizer.grid[1] - 1, len(codes) - 1], "codes through the text's table"
     runs = []
     for trapped in (False, True):
         with codes_as_text(model, trapped), common.record_logits(next_token) as steps:
@@ -442,12 +442,16 @@ def transformers_rows(folder: Path) -> Iterator[ParityRow]:
         "janus-hf logits",
         max_error(runs[0][0], reference_values),
         max_error(runs[1][0], reference_values),
-        trap,
-        against,
+        mistake,
+        reference_name,
     )
     assert len(set(codes)) >= 32, f"too few different codes: {len(set(codes))}"
     yield ParityRow(
-        "janus-hf greedy ids", mismatch_share(runs[0][1], codes), mismatch_share(runs[1][1], codes), trap, against
+        "janus-hf greedy ids",
+        mismatch_share(runs[0][1], codes),
+        mismatch_share(runs[1][1], codes),
+        mistake,
+        reference_name,
     )
 
     sampled_ids: dict[bool, list[int]] = {False: [], True: []}
@@ -464,8 +468,8 @@ def transformers_rows(folder: Path) -> Iterator[ParityRow]:
         "janus-hf sampled ids",
         mismatch_share(sampled_ids[False], expected_ids),
         mismatch_share(sampled_ids[True], expected_ids),
-        trap,
-        against,
+        mistake,
+        reference_name,
     )
 
     made_Bhw = torch.tensor(expected_ids).unflatten(0, (2, *model.image_tokenizer.grid))
@@ -489,7 +493,7 @@ def without_unit(tokenizer: Any) -> dict[str, Any]:
 
 
 class codes_as_text:  # noqa: N801
-    """The trap of the sheet: codes read through the text's table, where `on`."""
+    """The mistake of the control: codes read through the text's table, where `on`."""
 
     def __init__(self, model: Any, on: bool) -> None:
         self.backbone, self.on = model.backbone, on

@@ -143,7 +143,7 @@ def rows(folder: Path) -> Iterator[ParityRow]:
     engine = unigen.load(str(folder), device="cpu")
     model, reference = engine.model, Reference(folder)
     template, begin = model.template, model.template.begin_ids["next-token"]
-    against = "transformers' Gemma"
+    reference_name = "transformers' Gemma"
 
     documents = [Document.of(words) for words in PROMPTS]
     engine_output = [
@@ -156,12 +156,12 @@ def rows(folder: Path) -> Iterator[ParityRow]:
     empty = [
         id for words in PROMPTS for ids in (reference.prompts(words)[0], reference.with_start("<boi>")) for id in ids
     ]
-    trap = "guidance against no words"
+    mistake = "guidance against no words"
     yield ParityRow(
         "liquid prompt ids",
         mismatch_share(flat, reference_output),
         mismatch_share(flat, empty),
-        trap,
+        mistake,
         "the official strings",
     )
 
@@ -199,7 +199,7 @@ def rows(folder: Path) -> Iterator[ParityRow]:
         max_error(engine_values, reference_values),
         max_error(mistaken, reference_values),
         "codes not scaled by sqrt(width)",
-        against,
+        reference_name,
     )
 
     for name, sampling, seed in (("greedy", SamplingOptions(0.0), 0), ("sampled", SamplingOptions(1.0, 100, 0.96), 5)):
@@ -215,7 +215,7 @@ def rows(folder: Path) -> Iterator[ParityRow]:
             mismatch_share(written, expected_ids),
             mismatch_share(control, expected_ids),
             "1 + s for s",
-            against,
+            reference_name,
         )
 
     golden = load_file(common.GOLDENS / "liquid_vqgan.safetensors")
@@ -243,7 +243,7 @@ def codes_of(engine: Any, words: str, seed: int, **options: Any) -> list[int]:
 
 
 class without_embedding_scale:  # noqa: N801
-    """The trap of the sheet: image codes whose embeddings are not multiplied by sqrt(width), as Gemma's are."""
+    """The mistake of the control: image codes whose embeddings are not multiplied by sqrt(width), as Gemma's are."""
 
     def __init__(self, model: Any) -> None:
         self.backbone, self.offset = model.backbone, model.vocabulary.text_size

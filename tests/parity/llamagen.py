@@ -112,8 +112,8 @@ def official_pixels(folder: Path, codes: Tensor) -> Tensor:
 
 def rows(folder: Path) -> Iterator[ParityRow]:
     engine, golden = unigen.load(str(folder), device="cpu"), load_file(GOLDEN)
-    grid, against = SIDE // 4, "the official Transformer and generate (goldens)"
-    trap, parts = "the condition turned like a code", ("greedy", "sampled")
+    grid, reference_name = SIDE // 4, "the official Transformer and generate (goldens)"
+    mistake, parts = "the condition turned like a code", ("greedy", "sampled")
     places = [0, 1, grid - 1, grid * grid - 1]
     logits: dict[bool, Tensor] = {}
     sampled_ids: dict[tuple[str, bool], list[int]] = {}
@@ -136,32 +136,36 @@ def rows(folder: Path) -> Iterator[ParityRow]:
         "llamagen logits",
         max_error(logits[False], reference_values),
         max_error(logits[True], reference_values),
-        trap,
-        against,
+        mistake,
+        reference_name,
     )
     for part in parts:
         expected_ids = [int(code) for label in LABELS for code in golden[f"{part}.{label}"]]
         assert len(set(expected_ids)) >= 32, f"too few different codes: {len(set(expected_ids))}"
         control = mismatch_share(sampled_ids[part, True], expected_ids)
         yield ParityRow(
-            f"llamagen {part} ids", mismatch_share(sampled_ids[part, False], expected_ids), control, trap, against
+            f"llamagen {part} ids",
+            mismatch_share(sampled_ids[part, False], expected_ids),
+            control,
+            mistake,
+            reference_name,
         )
     codes_1hw = golden[f"sampled.{LABELS[0]}"].reshape(1, grid, grid)
     tokenizer = engine.model.image_tokenizer
     outputs, wrong_BCHW = tokenizer.decode(codes_1hw), tokenizer.decode(codes_1hw.transpose(1, 2))
     reference_values = golden["pixels"].clamp(-1, 1)
-    against = "the official VQ-16 (goldens)"
+    reference_name = "the official VQ-16 (goldens)"
     yield ParityRow(
         "llamagen codes to pixels",
         max_error(outputs, reference_values),
         max_error(wrong_BCHW, reference_values),
         "columns for rows",
-        against,
+        reference_name,
     )
 
 
 class with_wrong_rotary:  # noqa: N801
-    """The trap of the sheet: the identity for the condition's zeros, where `on`."""
+    """The mistake of the control: the identity for the condition's zeros, where `on`."""
 
     def __init__(self, model: Any, on: bool) -> None:
         self.rotary, self.on = model.backbone.lm.model.rotary_emb, on

@@ -263,20 +263,20 @@ def rows(folder: Path) -> Iterator[ParityRow]:
                     for code in request.document.segments[-1].image.flatten()  # type: ignore[union-attr]
                 ]
     reference_values = torch.stack([golden[f"logits.{number}"][places] for number in range(len(PROMPTS))])
-    trap = "of the vectors of no words the first"
+    mistake = "of the vectors of no words the first"
     yield ParityRow(
         "llamagen_t2i logits",
         max_error(logits["ours"], reference_values),
         max_error(logits["first"], reference_values),
-        trap,
+        mistake,
         official,
     )
-    trap = "the condition turned like a code"
+    mistake = "the condition turned like a code"
     for kind in kinds:
         expected_ids = [int(code) for number in range(len(PROMPTS)) for code in golden[f"{kind}.{number}"]]
         assert len(set(expected_ids)) >= 32, f"too few different codes: {len(set(expected_ids))}"
         outputs, control = (mismatch_share(sampled_ids[case, kind], expected_ids) for case in ("ours", "turned"))
-        yield ParityRow(f"llamagen_t2i {kind} ids", outputs, control, trap, official)
+        yield ParityRow(f"llamagen_t2i {kind} ids", outputs, control, mistake, official)
     codes_1hw = golden["sampled.0"].reshape(1, grid, grid)
     made_BCHW, wrong_BCHW = (model.image_tokenizer.decode(codes) for codes in (codes_1hw, codes_1hw.transpose(1, 2)))
     reference_values = golden["pixels"].clamp(-1, 1)
@@ -289,7 +289,8 @@ def rows(folder: Path) -> Iterator[ParityRow]:
 
 @contextmanager
 def first_vectors(model: Any) -> Iterator[None]:
-    """The trap: guidance's other branch reads the first vectors of no words, not those that padding would leave."""
+    """The mistake of the control: guidance's other branch reads the first vectors of no words, not
+    those that padding would leave."""
     prompt = model.template.prompt
 
     def wrong(document: Document, *, output: Any, branch: int = 0) -> Any:

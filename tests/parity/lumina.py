@@ -268,12 +268,12 @@ def rows(folder: Path) -> Iterator[ParityRow]:
     ids = model.token_ids(template.prompt(prompt_document, output="text"))
     with common.wrong_row_end(template, ()):
         bare = model.token_ids(template.prompt(prompt_document, output="text"))
-    reference_values, trap = reference.question("What is it", cuts[(44, 20)]), "no ends of rows"
+    reference_values, mistake = reference.question("What is it", cuts[(44, 20)]), "no ends of rows"
     yield ParityRow(
         "lumina question ids",
         mismatch_share(ids, reference_values),
         mismatch_share(bare, reference_values),
-        trap,
+        mistake,
         "transformers' VQ encoder",
     )
 
@@ -292,12 +292,12 @@ def rows(folder: Path) -> Iterator[ParityRow]:
     scores = torch.cat([golden[f"logits.{n}"][:, order] for n in range(len(PROMPTS))])
     expected_ids = torch.cat([golden[f"codes.{n}"] for n in range(len(PROMPTS))]).tolist()
     assert len(set(expected_ids)) >= 32, f"too few different codes: {len(set(expected_ids))}"
-    yield ParityRow("lumina logits", max_error(torch.cat(runs[False][0]), scores), max_error(torch.cat(runs[True][0]), scores), trap, solver)  # fmt: skip  # noqa: E501
+    yield ParityRow("lumina logits", max_error(torch.cat(runs[False][0]), scores), max_error(torch.cat(runs[True][0]), scores), mistake, solver)  # fmt: skip  # noqa: E501
     yield ParityRow(
         "lumina greedy ids",
         mismatch_share(runs[False][1], expected_ids),
         mismatch_share(runs[True][1], expected_ids),
-        trap,
+        mistake,
         solver,
     )
 
@@ -314,7 +314,7 @@ def rows(folder: Path) -> Iterator[ParityRow]:
         "lumina sampled ids",
         mismatch_share(sampled_ids, expected_ids),
         mismatch_share(control, expected_ids),
-        trap,
+        mistake,
         "transformers' layers",
     )
 

@@ -281,41 +281,43 @@ def rows(folder: Path) -> Iterator[ParityRow]:
     reference_values = [id for number in range(len(PROMPTS)) for id in golden[f"ids.{number}"].tolist()]
     engine_output = [id for words in PROMPTS for id in asked(words)]
     trapped = [id for words in PROMPTS for id in asked(words, -1)]
-    against = "the official UniversalPrompting (goldens)"
+    reference_name = "the official UniversalPrompting (goldens)"
     yield ParityRow(
         "showo prompt ids",
         mismatch_share(engine_output, reference_values),
         mismatch_share(trapped, reference_values),
         "no end of text",
-        against,
+        reference_name,
     )
 
     official = golden["read"]
     share = float((model.encode_images(picture()) != official).float().mean())
     with bits_reversed(model):
         control = float((model.encode_images(picture()) != official).float().mean())
-    against, trap = "the official MAGVITv2 (goldens)", "the first bit as the lowest"
-    yield ParityRow("showo pixels to codes", share, control, trap, against)
+    reference_name, mistake = "the official MAGVITv2 (goldens)", "the first bit as the lowest"
+    yield ParityRow("showo pixels to codes", share, control, mistake, reference_name)
     pixels = model.image_tokenizer.decode(official)
     with bits_reversed(model):
         mixed = model.image_tokenizer.decode(official)
     there_BCHW = golden["pixels"].clamp(-1, 1)
-    yield ParityRow("showo codes to pixels", max_error(pixels, there_BCHW), max_error(mixed, there_BCHW), trap, against)
+    yield ParityRow(
+        "showo codes to pixels", max_error(pixels, there_BCHW), max_error(mixed, there_BCHW), mistake, reference_name
+    )
 
-    against = "the official Showo and t2i_generate (goldens)"
+    reference_name = "the official Showo and t2i_generate (goldens)"
     options: dict[str, Any] = {"guidance": 1 + SCALE, "steps": STEPS, "temperature": 0.0, "seed": SEED}
     first, blind, causal = (
         drawn(engine, options),
         drawn(engine, options | {"guidance": SCALE}),
         drawn(engine, options, prepare_step=lambda state: Masked.prepare_step(generator, state)),
     )
-    trap, other_output = "guidance of g for 1 + g", "no token after the codes"
+    mistake, other_output = "guidance of g for 1 + g", "no token after the codes"
     yield ParityRow(
         "showo logits",
         max_error(first[1], golden["logits"]),
         max_error(causal[1], golden["logits"]),
         other_output,
-        against,
+        reference_name,
     )
     expected_ids = golden["greedy.0"].tolist() + golden["greedy.1"].tolist()
     assert len(set(expected_ids)) >= 32, f"too few different codes: {len(set(expected_ids))}"
@@ -323,8 +325,8 @@ def rows(folder: Path) -> Iterator[ParityRow]:
         "showo greedy ids",
         mismatch_share(first[0], expected_ids),
         mismatch_share(blind[0], expected_ids),
-        trap,
-        against,
+        mistake,
+        reference_name,
     )
 
     options |= {"temperature": 1.0}
@@ -333,49 +335,53 @@ def rows(folder: Path) -> Iterator[ParityRow]:
     )
     expected_ids = golden["sampled.0"].tolist() + golden["sampled.1"].tolist()
     assert len(set(expected_ids)) >= 32, f"too few different codes: {len(set(expected_ids))}"
-    trap = "noise that cools once"
+    mistake = "noise that cools once"
     ids = drawn(engine, options)[0]
     yield ParityRow(
         "showo sampled ids",
         mismatch_share(ids, expected_ids),
         mismatch_share(reference[0], expected_ids),
-        trap,
-        against,
+        mistake,
+        reference_name,
     )
 
     options |= {"guidance": 2.75, "fixed_codes": keep_file(official[0])}
     expected_ids = golden["inpainted.0"].tolist() + golden["inpainted.1"].tolist()
     num_steps = drawn(engine, options, num_masked=lambda *rest: Masked.num_masked(generator, *rest))
-    trap, ids = "a share of the unknown codes", drawn(engine, options)[0]
+    mistake, ids = "a share of the unknown codes", drawn(engine, options)[0]
     yield ParityRow(
         "showo inpainted ids",
         mismatch_share(ids, expected_ids),
         mismatch_share(num_steps[0], expected_ids),
-        trap,
-        against,
+        mistake,
+        reference_name,
     )
 
     document = Document([Segment(image=official[0]), Segment(text=QUESTION)])
     turned = Document([Segment(image=official[0].T), Segment(text=QUESTION)])
     engine_output, trapped = (model.token_ids(template.prompt(each, output="text")) for each in (document, turned))
     reference_values = golden["question"].tolist()
-    against = "the official prompt of inference_mmu (goldens)"
+    reference_name = "the official prompt of inference_mmu (goldens)"
     yield ParityRow(
         "showo question ids",
         mismatch_share(engine_output, reference_values),
         mismatch_share(trapped, reference_values),
         "columns for rows",
-        against,
+        reference_name,
     )
 
     texts, logits = answer_ids(engine, document)
     with patch.object(template, "bidirectional_prefix", lambda ids: 0):
         control, blind_TV = answer_ids(engine, document)
-    against, trap = "the official mmu_generate (goldens)", "a picture read causally"
+    reference_name, mistake = "the official mmu_generate (goldens)", "a picture read causally"
     there_TV = golden["answer logits"]
-    yield ParityRow("showo answer logits", max_error(logits, there_TV), max_error(blind_TV, there_TV), trap, against)
+    yield ParityRow(
+        "showo answer logits", max_error(logits, there_TV), max_error(blind_TV, there_TV), mistake, reference_name
+    )
     decoded_text = model.text_tokenizer.decode(golden["answer"], skip_special_tokens=True).strip()
-    yield ParityRow("showo answer", float(texts != decoded_text), float(control != decoded_text), trap, against)
+    yield ParityRow(
+        "showo answer", float(texts != decoded_text), float(control != decoded_text), mistake, reference_name
+    )
 
 
 def answer_ids(engine: Any, document: Document) -> tuple[str, Tensor]:

@@ -127,7 +127,7 @@ def rows(folder: Path) -> Iterator[ParityRow]:
     golden = load_file(GOLDEN)
     (folder / "shared").mkdir()
     checkpoint(folder / "shared", shared=True)
-    against, trap = "the official transformer and sampler (goldens)", "guidance that does not grow"
+    reference_name, mistake = "the official transformer and sampler (goldens)", "guidance that does not grow"
     for kind, place in (("own", folder), ("shared", folder / "shared")):
         engine = unigen.load(str(place), device="cpu")
         sampled_ids: dict[tuple[str, bool], list[int]] = {}
@@ -151,15 +151,19 @@ def rows(folder: Path) -> Iterator[ParityRow]:
             f"{name} logits",
             max_error(logits[False], reference_values),
             max_error(logits[True], reference_values),
-            trap,
-            against,
+            mistake,
+            reference_name,
         )
         for part in ("greedy", "sampled"):
             expected_ids = [int(code) for label in LABELS for code in golden[f"{kind}.{part}.{label}.codes"]]
             assert len(set(expected_ids)) >= 32, f"too few different codes: {len(set(expected_ids))}"
             share = mismatch_share(sampled_ids[part, True], expected_ids)
             yield ParityRow(
-                f"{name} {part} ids", mismatch_share(sampled_ids[part, False], expected_ids), share, trap, against
+                f"{name} {part} ids",
+                mismatch_share(sampled_ids[part, False], expected_ids),
+                share,
+                mistake,
+                reference_name,
             )
     tokenizer: Any = unigen.load(str(folder), device="cpu").model.image_tokenizer
     picture = torch.rand(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(3)) * 2 - 1
@@ -198,7 +202,7 @@ class record_logits:  # noqa: N801
 
 
 class with_constant_guidance:  # noqa: N801
-    """The trap of the sheet: one strength of guidance for all scales, where `on`."""
+    """The mistake of the control: one strength of guidance for all scales, where `on`."""
 
     def __init__(self, on: bool) -> None:
         self.on, self.combine = on, Guidance.combine
