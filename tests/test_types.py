@@ -12,10 +12,10 @@ from typing import Any
 
 import unigen
 
-MOST_ANY = 9.0
-"""`Any` in 1,000 lines of the package: the bound falls with the figure, and never rises. It ends at 12."""
-PUBLIC_ANY = 11
-"""`Any` in the annotations of the public names and of their public methods. The bound falls, too. It ends at 0."""
+MOST_ANY = 6.2
+"""`Any` in 1,000 lines of the package: the bound falls with the figure, and never rises."""
+PUBLIC_ANY = 0
+"""`Any` in the annotations of the public names and of their public methods."""
 
 
 def count_any(source: str) -> int:

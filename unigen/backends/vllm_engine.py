@@ -155,10 +155,8 @@ def create_llm_engine(
     try:
         return LLMEngine.from_engine_args(EngineArgs(**default_args | options | fixed_args))
     except (ValueError, TypeError, VLLMError) as error:
-        error_messages = (
-            [entry["msg"] for entry in error.errors()] if isinstance(error, ValidationError) else [str(error)]
-        )
-        raise ValueError(f"vLLM cannot serve {folder}: {'; '.join(error_messages)}") from error
+        messages = [entry["msg"] for entry in error.errors()] if isinstance(error, ValidationError) else [str(error)]
+        raise ValueError(f"vLLM cannot serve {folder}: {'; '.join(messages)}") from error
 
 
 @dataclass

@@ -88,7 +88,7 @@ class Engine(BaseEngine):
         output: Output = "image",
         *,
         record: Record = RECORD_NOTHING,
-        **options: Any,
+        **options: OptionValue,
     ) -> list[GenerationResult]:
         """See `InferenceEngine.generate_results`: all prompts run in one batch.
 
@@ -107,14 +107,15 @@ class Engine(BaseEngine):
             ValueError: in one line, for bad input.
         """
         self._check_option_names("generate_results", options)
-        candidates = options.pop("candidates", 1)
+        call_options: dict[str, Any] = dict(options)
+        candidates = call_options.pop("candidates", 1)
         prompts_and_seeds = zip_with_seeds(prompts, seeds)
         CANDIDATES.check("candidates", candidates)
         check_batch_size(len(prompts_and_seeds) * candidates)
-        if PREVIEWS.check("previews", options.get("previews", 0)):
+        if PREVIEWS.check("previews", call_options.get("previews", 0)):
             raise ValueError("previews come while a picture is made: ask stream for them")
         prepared = [
-            self.prepare(prompt, output, seed=seed, candidates=candidates, record=record, **options)
+            self.prepare(prompt, output, seed=seed, candidates=candidates, record=record, **call_options)
             for prompt, seed in prompts_and_seeds
         ]
         results = iter(self._run_requests([request for group in prepared for request in group.requests], output))
@@ -175,29 +176,34 @@ class Engine(BaseEngine):
 
     @with_keywords
     def describe(
-        self, image: ImageSource, question: str | None = None, *, seed: int = 0, **options: Any
+        self, image: ImageSource, question: str | None = None, *, seed: int = 0, **options: OptionValue
     ) -> str | list[str]:
         """See `InferenceEngine.describe`. A caption is the best of several candidates, as many as suit the model."""
         self._check_option_names("describe", options)
         if question is not None and not check_text("the question", question).strip():
             raise ValueError("the question is empty: ask something, or leave it out for a caption")
         use_candidates = question is None and self.can_rerank
-        call_options = {"candidates": self.model.template.num_candidates if use_candidates else 1} | options
+        call_options: dict[str, Any] = {
+            "candidates": self.model.template.num_candidates if use_candidates else 1
+        } | options
         prompt: Prompt = [_as_image(image), as_text(question or CAPTION_PROMPT)]
         return self.generate(prompt, "text", seed=seed, **call_options)
 
     @with_keywords
-    def edit(self, image: ImageSource, instruction: str, *, seed: int = 0, **options: Any) -> Image | list[Image]:
+    def edit(
+        self, image: ImageSource, instruction: str, *, seed: int = 0, **options: OptionValue
+    ) -> Image | list[Image]:
         """See `InferenceEngine.edit`. The image has the size that the model generates."""
         self._check_option_names("edit", options)
         if not check_text("the instruction", instruction).strip():
             raise ValueError("the instruction is empty: say what to change")
         prompt: Prompt = [_as_image(image), as_text(instruction)]
-        return self.generate(prompt, "image", seed=seed, **options)
+        call_options: dict[str, Any] = options
+        return self.generate(prompt, "image", seed=seed, **call_options)
 
     @with_keywords
     def generate_joint(
-        self, text: str | None = None, image: ImageSource | None = None, **options: Any
+        self, text: str | None = None, image: ImageSource | None = None, **options: OptionValue
     ) -> tuple[str, Image] | list[tuple[str, Image]]:
         """See `InferenceEngine.generate_joint`. One generator writes both at once.
 
@@ -214,7 +220,8 @@ class Engine(BaseEngine):
             pixels = self.model.preprocess_images([read_image(image)])
             defaults = {"temperature": 0.0, "guidance": 1.0} | options  # all codes are fixed: none is sampled
             options = defaults | {"fixed_codes": self.model.encode_images(pixels)[0].cpu()}
-        results: Any = self.generate(document, "joint", **{"generator": "joint"} | options)
+        call_options: dict[str, Any] = {"generator": "joint"} | options
+        results: Any = self.generate(document, "joint", **call_options)
         return tuple(results) if options.get("n", 1) == 1 else MediaList(tuple(pair) for pair in results)
 
     @with_keywords
@@ -226,7 +233,7 @@ class Engine(BaseEngine):
         *,
         variation: float | None = None,
         seed: int = 0,
-        **options: Any,
+        **options: OptionValue,
     ) -> Image | list[Image]:
         """See `InferenceEngine.inpaint`. The image keeps its size, and pixels that are not marked stay as they are.
 
@@ -252,8 +259,8 @@ class Engine(BaseEngine):
         document = Document.of(as_text(prompt))
         if (generator := options.get("generator")) is not None:
             Name().check("generator", generator)
-        options, composite = self._prepare_inpainting(image, mask, variation, options | {"seed": seed})
-        images = self.generate(document, "image", **options)
+        call_options, composite = self._prepare_inpainting(image, mask, variation, options | {"seed": seed})
+        images = self.generate(document, "image", **call_options)
         return MediaList(map(composite, images)) if isinstance(images, list) else composite(images)
 
     def _prepare_inpainting(
@@ -322,7 +329,7 @@ class Engine(BaseEngine):
         """See `InferenceEngine.hidden_states`: those from which a text answer would start."""
         return self.new_scheduler().hidden_states(self.build_request(prompt, "text"))
 
-    def build_request(self, prompt: Prompt, output: Output, **options: Any) -> Request:
+    def build_request(self, prompt: Prompt, output: Output, **options: OptionValue) -> Request:
         """Build a validated request.
 
         Args:
@@ -336,7 +343,8 @@ class Engine(BaseEngine):
         Raises:
             ValueError: in one line, for bad input.
         """
-        return build_request(self.model, prompt, output, **options)
+        call_options: dict[str, Any] = options
+        return build_request(self.model, prompt, output, **call_options)
 
     def check(self, prompt: Prompt, output: Output, *, seed: int = 0, **options: OptionValue) -> None:
         """See `InferenceEngine.check`."""
@@ -362,7 +370,7 @@ class Engine(BaseEngine):
         mask: ImageSource | None = None,
         variation: float | None = None,
         record: Record = RECORD_NOTHING,
-        **options: Any,
+        **options: OptionValue,
     ) -> PreparedRequest:
         """See `BatchedEngine.prepare`."""
         composite: Callable[[Image], Image] = identity

@@ -145,11 +145,6 @@ class PatchDiscriminator(nn.Module):
         return self.layers(x_BCHW)
 
 
-def parameter_count(module: nn.Module) -> int:
-    """Number of parameters, frozen ones included."""
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
 def to_uint8(x_BCHW: Tensor) -> Tensor:
     """Float pixels in [-1, 1] (B, C, H, W) -> uint8 (B, H, W, C), rounded to nearest."""
     levels = ((x_BCHW.detach().float().clamp(-1, 1) + 1) * 127.5).round()

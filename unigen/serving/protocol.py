@@ -21,13 +21,10 @@ from unigen.utils.option_types import MAX_TEXT_LENGTH
 
 MAX_CHOICES = 16
 """Answers of one request, including their candidates."""
-
 MAX_STOP_LENGTH = 256
 """Characters of a text at which an answer stops."""
-
 COMMON_SIZES = ("auto", "256x256", "512x512", "1024x1024", "1024x1536", "1536x1024", "1024x1792", "1792x1024")
 """Sizes that clients offer in menus, whatever the model supports."""
-
 SYSTEM_ROLES = ("system", "developer")
 """Roles of system messages."""
 
@@ -70,6 +67,9 @@ def option_field(group: GroupType, name: str, default: Any = None) -> Any:
 def _field(declared: Option, default: Any = None) -> Any:
     constraints: dict[str, Any] = (declared.served or declared.type).json_type()[1]
     return Field(default, description=declared.describe(), **constraints)
+
+
+Obfuscation = Annotated[object, accept_only(False, message="streams are not padded here: leave it out")]
 
 
 class StrictModel(BaseModel):
@@ -293,9 +293,7 @@ class StreamOptions(StrictModel):
     """Options of a stream."""
 
     include_usage: bool = False
-    include_obfuscation: Annotated[object, accept_only(False, message="streams are not padded here: leave it out")] = (
-        None
-    )
+    include_obfuscation: Obfuscation = None
 
 
 NO_TOOLS = "this model calls no tools: leave it out"

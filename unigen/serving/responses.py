@@ -36,6 +36,7 @@ from unigen.serving.protocol import (
     GenerationFields,
     LabelText,
     Message,
+    Obfuscation,
     PromptText,
     StrictModel,
     accept_only,
@@ -80,9 +81,7 @@ class TextFormat(StrictModel):
 class ResponseStreamOptions(StrictModel):
     """Options of a stream."""
 
-    include_obfuscation: Annotated[object, accept_only(False, message="streams are not padded here: leave it out")] = (
-        None
-    )
+    include_obfuscation: Obfuscation = None
 
 
 class ResponsesRequest(GenerationFields, ClientLabels):

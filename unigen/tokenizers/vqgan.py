@@ -26,7 +26,7 @@ from torch.nn.functional import normalize
 from unigen.config import from_dict, to_dict
 from unigen.hub.resolve import fetch_file, find_component
 from unigen.hub.weights import load_strict, read_tensors
-from unigen.tokenizers import SquareGridMixin
+from unigen.tokenizers import SquareGridMixin, load_image_tokenizer
 from unigen.tokenizers.quantize import check_codes, check_finite
 
 CHAMELEON, CHAMELEON_FILE = "GAIR/Anole-7b-v0.1", "vqgan.ckpt"
@@ -281,8 +281,6 @@ def load_chameleon(folder: Path, image_size: int) -> VQGAN:
     Raises:
         ValueError: the tokenizer is not there, or damaged; in one line.
     """
-    from unigen.tokenizers import load_image_tokenizer
-
     if (folder / "image_tokenizer").is_dir():
         return load_image_tokenizer(folder / "image_tokenizer")
     hub_path = f"tokenizer/{CHAMELEON_FILE}"
