@@ -312,7 +312,7 @@ def test_a_pipeline_whose_numbers_are_not_finite(stable_diffusion_folder: Path) 
     with pytest.raises(NonFiniteError, match="pixels of this model are not finite in float32"):
         engine.generate("a", **SMALL)
     worker, events = SequentialWorker(engine), list[Any]()
-    worker.ask(0, Job(Document.of("a"), "image", SMALL))
+    worker.submit(0, Job(Document.of("a"), "image", SMALL))
     while worker.busy:
         events += [event for _, event in worker.step()]
     assert isinstance(events[-1], Error) and not events[-1].retryable  # no fault of who asks
@@ -378,12 +378,12 @@ def test_pipelines_and_pairs_are_served(janus_folder: Path, stable_diffusion_fol
     pair = unigen.load(lmm=str(janus_folder), image_model=str(stable_diffusion_folder), device="cpu")
     for engine in (pair, unigen.load(str(stable_diffusion_folder), "cpu")):
         worker = SequentialWorker(engine)
-        worker.ask(0, Job(Document.of("a red dog"), "image", {"seed": 3, **SMALL}, previews=3))
-        worker.ask(1, Job(Document.of("a red dog"), "image", {"seed": 4, **SMALL}))
-        worker.ask(2, Job(Document.of("a red dog"), "image", {"seed": 3, "banana": 1}))
-        worker.ask(3, Job(Document.of("a red dog"), "image", {"seed": 3}, previews=3, candidates=2))
-        worker.ask(4, Job(Document.of("a red dog"), "image", around=Image.new("RGB", (32, 32)), variation=0.5))
-        worker.drop(1)
+        worker.submit(0, Job(Document.of("a red dog"), "image", {"seed": 3, **SMALL}, num_previews=3))
+        worker.submit(1, Job(Document.of("a red dog"), "image", {"seed": 4, **SMALL}))
+        worker.submit(2, Job(Document.of("a red dog"), "image", {"seed": 3, "banana": 1}))
+        worker.submit(3, Job(Document.of("a red dog"), "image", {"seed": 3}, num_previews=3, num_candidates=2))
+        worker.submit(4, Job(Document.of("a red dog"), "image", base_image=Image.new("RGB", (32, 32)), variation=0.5))
+        worker.abort(1)
         events = []
         while worker.busy:
             events += list(worker.step())
@@ -523,7 +523,7 @@ def test_text_is_drawn_as_the_model_says(
     assert reader.text_sampling == sampling == reader.info()["text_sampling"]
     pair, asked = ComposedEngine(reader, FakeImageEngine()), {}
     job = Job(Document.of("a dog"), "text", {"seed": 3})
-    assert SequentialWorker(pair)._settings(job) == {"seed": 3, "text": sampling}  # as the server reports it
+    assert SequentialWorker(pair)._reported_settings(job) == {"seed": 3, "text": sampling}  # as the server reports it
     reader.model.generate = lambda **options: asked.update(options) or options["input_ids"]  # type: ignore[func-returns-value]
     pair.generate("a dog", "text")
     drawn = {name: asked[name] for name in FALLBACK_SAMPLING.keys() & asked.keys() if asked["do_sample"]}

@@ -111,7 +111,7 @@ def test_candidates_whose_scores_are_not_finite(engine: Engine, monkeypatch: pyt
         engine.generate(prompt, **options)
     worker, events = BatchedWorker(engine, 8), list[Any]()
     rest = {name: value for name, value in options.items() if name == "max_tokens"}
-    worker.ask(0, Job(Document.of(prompt), options["output"], rest, candidates=2))
+    worker.submit(0, Job(Document.of(prompt), options["output"], rest, num_candidates=2))
     while worker.busy:
         events += [event for _, event in worker.step()]
     assert isinstance(events[-1], Error) and not events[-1].retryable and "candidates" in events[-1].message

@@ -81,7 +81,7 @@ surfaces["errors"] = [
     error(lambda: engine.generate("a dog", blink=1)),
 ]
 worker = BatchedWorker(engine, 4)
-worker.ask(0, Job(Document.of("a dog"), "image", {"generator": "blinking", "blink": 1.5}))
+worker.submit(0, Job(Document.of("a dog"), "image", {"generator": "blinking", "blink": 1.5}))
 surfaces["settings"] = [next(worker.step())[1].settings["blink"]]
 surfaces["settings"] += [engine.build_request("a dog", "image", generator="blinking", **given).settings()["blink"]
                       for given in ({}, {"options": BlinkOptions(blink=0.5)})]

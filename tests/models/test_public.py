@@ -86,9 +86,9 @@ def test_pictures_whose_features_are_not_finite_are_not_read(case: Any, public: 
     with pytest.raises(NonFiniteError, match=reason):
         engine.describe(picture, "what is it")
     worker = BatchedWorker(engine, 4)
-    worker.ask(0, Job(request.document, "text"))
+    worker.submit(0, Job(request.document, "text"))
     events = [event for _ in range(2) for _, event in worker.step()]
-    assert events == [Error(reason, again=False)] or events[1:] == [Error(reason, again=False)]
+    assert events == [Error(reason, retryable=False)] or events[1:] == [Error(reason, retryable=False)]
 
 
 def test_it_is_served(case: Any, public: Path) -> None:
@@ -96,7 +96,7 @@ def test_it_is_served(case: Any, public: Path) -> None:
     engine = unigen.load(str(public), "cpu")
     worker, drawn = BatchedWorker(engine, 8), {}
     for seed in (0, 1):
-        worker.ask(seed, Job(Document.of(case.PROMPT), "image", {"seed": seed, "size": case.SIZE}))
+        worker.submit(seed, Job(Document.of(case.PROMPT), "image", {"seed": seed, "size": case.SIZE}))
     while worker.busy:
         for number, event in worker.step():
             assert isinstance(event, (Started, Part, Finished)), event

@@ -18,11 +18,11 @@ from unigen.serving.jobs import Error, Event, Job
 from unigen.serving.worker import BatchedWorker
 
 
-@pytest.mark.parametrize(("again", "status"), [(True, 503), (False, 500)])
-def test_status_says_whether_to_retry(again: bool, status: int) -> None:
+@pytest.mark.parametrize(("retryable", "status"), [(True, 503), (False, 500)])
+def test_status_says_whether_to_retry(retryable: bool, status: int) -> None:
     class Failing(FakeImageEngine):
         async def run_job(self, job: Job) -> AsyncGenerator[Event, None]:
-            yield Error("scores of this model are not finite", again)
+            yield Error("scores of this model are not finite", retryable)
 
     async def ask() -> httpx.Response:
         transport = httpx.ASGITransport(create_app(Failing(), ServerConfig(model_name="m")))
@@ -32,14 +32,14 @@ def test_status_says_whether_to_retry(again: bool, status: int) -> None:
     answer = asyncio.run(ask())
     error = answer.json()["error"]
     assert answer.status_code == status and error["message"] == "scores of this model are not finite"
-    assert ("retry-after" in answer.headers) == again and (error["code"] == "try_again") == again
+    assert ("retry-after" in answer.headers) == retryable and (error["code"] == "try_again") == retryable
 
 
 def test_non_finite_numbers_are_not_retryable(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     step = engine.model.cached_hidden_states
     monkeypatch.setattr(engine.model, "cached_hidden_states", lambda *inputs: step(*inputs) * float("nan"))
     worker, events = BatchedWorker(engine, 4), list[Any]()
-    worker.ask(0, Job(Document.of("a dog"), "image"))
+    worker.submit(0, Job(Document.of("a dog"), "image"))
     while worker.busy:
         events += [event for _, event in worker.step()]
     assert isinstance(events[-1], Error) and not events[-1].retryable and "not finite" in events[-1].message

@@ -36,7 +36,7 @@ class FakeImageEngine:
         if job.output != "image":
             yield Part("said")
         if job.output != "text":
-            for number in range(job.previews):
+            for number in range(job.num_previews):
                 yield Preview(Image.new("RGB", (4, 4)), 0, number)
             yield Part(Image.new("RGB", (4, 4)))
         yield Finished("stop", 1, 1, 1)
@@ -136,7 +136,7 @@ def test_form_becomes_a_job() -> None:
     files = {"image": ("a.png", encode_image(picture))}
     assert post("/v1/images/edits", files=files, data={"prompt": "b", "seed": "3", "guidance": "2"}).status_code == 200
     job = FAKE_ENGINE.jobs[-1]
-    assert job.options == {"seed": 3, "guidance": 2} and job.output == "image" and job.around is None
+    assert job.options == {"seed": 3, "guidance": 2} and job.output == "image" and job.base_image is None
     assert [s.text or s.image.getpixel((0, 0)) for s in job.prompt.segments] == [(255, 0, 0), "b"]
     shown = {"prompt": "b", "stream": "true", "partial_images": "2"}
     assert post("/v1/images/edits", files=files, data=shown).text.count("event: image_edit.partial_image") == 2

@@ -98,7 +98,7 @@ def test_images_are_generated_with_the_tool() -> None:
     assert job.output == "text"
     tool = DRAWS[0] | {"size": "8x4", "output_format": "webp", "quality": "auto", "partial_images": 2}
     answer, job = create(tools=[tool], tool_choice="required")
-    assert job.options["size"] == (8, 4) and opened(answer.output[0].result).format == "WEBP" and job.previews == 0
+    assert job.options["size"] == (8, 4) and opened(answer.output[0].result).format == "WEBP" and job.num_previews == 0
 
 
 def test_truncated_answer_is_incomplete() -> None:

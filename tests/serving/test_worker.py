@@ -38,10 +38,10 @@ class Pipeline:
 def test_job_can_be_dropped_when_nothing_waits(waits: bool) -> None:
     worker = SequentialWorker(Pipeline())
     if waits:
-        worker.ask(0, Job(Document.of("a"), "text"))
-    worker.drop(0)
+        worker.submit(0, Job(Document.of("a"), "text"))
+    worker.abort(0)
     assert not list(worker.step()) and not worker.busy
-    worker.ask(1, Job(Document.of("b"), "text"))
+    worker.submit(1, Job(Document.of("b"), "text"))
     assert [type(event) for _, event in worker.step()] == [Started, Part]
 
 
@@ -79,13 +79,13 @@ def test_disconnect_does_not_end_the_worker(worker_pipes: Any) -> None:
 
 def test_finished_job_is_freed(worker_pipes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    ask = SequentialWorker.ask
+    submit = SequentialWorker.submit
 
-    def noted(self: SequentialWorker, number: int, job: Job) -> None:
+    def noted(self: SequentialWorker, job_id: int, job: Job) -> None:
         asked.append(weakref.ref(job))
-        ask(self, number, job)
+        submit(self, job_id, job)
 
-    monkeypatch.setattr(SequentialWorker, "ask", noted)
+    monkeypatch.setattr(SequentialWorker, "submit", noted)
     send, heard = worker_pipes
     send.send((0, Job(Document.of([Image.new("RGB", (4, 4)), "a"]), "text")))
     until(heard, Finished)
@@ -100,9 +100,9 @@ def test_failure_before_an_answer_affects_its_job_only(
     """For example on a GPU without memory for its images, at any of its candidates: their sequences are aborted, others
     continue."""
     worker = BatchedWorker(engine, 8)
-    worker.ask(0, Job(Document.of("a dog"), "text", {"max_tokens": 4}))
+    worker.submit(0, Job(Document.of("a dog"), "text", {"max_tokens": 4}))
     list(worker.step())
-    rows, add = set(worker.answers), worker.running.add_request
+    rows, add = set(worker.active_jobs), worker.scheduler.add_request
     left = [None, RuntimeError("CUDA out of memory")]
 
     def fail(request: Any) -> int:
@@ -110,14 +110,14 @@ def test_failure_before_an_answer_affects_its_job_only(
             raise error
         return add(request)
 
-    monkeypatch.setattr(worker.running, "add_request", fail)
-    worker.ask(1, Job(Document.of("a horse"), "image", candidates=2))
+    monkeypatch.setattr(worker.scheduler, "add_request", fail)
+    worker.submit(1, Job(Document.of("a horse"), "image", num_candidates=2))
     events = [event for number, event in worker.step() if number == 1]
     assert [type(event) for event in events] == [Error] and "RuntimeError" in events[0].message
     assert "CUDA out of memory" in capfd.readouterr().err
-    assert set(worker.answers) <= rows and len(worker.running) == len(worker.answers)
-    monkeypatch.setattr(worker.running, "add_request", add)
-    worker.ask(2, Job(Document.of("a horse"), "text", {"max_tokens": 4}))
+    assert set(worker.active_jobs) <= rows and len(worker.scheduler) == len(worker.active_jobs)
+    monkeypatch.setattr(worker.scheduler, "add_request", add)
+    worker.submit(2, Job(Document.of("a horse"), "text", {"max_tokens": 4}))
     while worker.busy:
         events += [event for number, event in worker.step() if number == 2]
     assert isinstance(events[-1], Finished)

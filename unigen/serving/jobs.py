@@ -32,17 +32,17 @@ class Job:
     """Keywords of `Engine.generate`."""
     stop: tuple[str, ...] = ()
     """Texts before which the answer ends."""
-    around: Image.Image | None = None
+    base_image: Image.Image | None = None
     """The image that is inpainted."""
     mask: Image.Image | None = None
     """Where it is inpainted: white."""
     variation: float | None = None
     """Instead of a mask: the share of the image that is drawn anew, at random positions; (0, 1]."""
-    previews: int = 0
+    num_previews: int = 0
     """Previews of each image, where the model has some."""
-    candidates: int = 1
+    num_candidates: int = 1
     """The answer is the best of so many."""
-    notes: dict[str, object] = field(default_factory=dict)
+    extra_settings: dict[str, object] = field(default_factory=dict)
     """What the settings of the answer say besides, such as what was ignored."""
 
 

@@ -50,17 +50,17 @@ class RateLimiter:
     """A token bucket for each client: so many requests a minute, refilled continuously.
 
     Args:
-        rate: requests a minute.
+        requests_per_minute: requests that each client may send in a minute.
     """
 
-    def __init__(self, rate: int) -> None:
-        self.rate = rate
+    def __init__(self, requests_per_minute: int) -> None:
+        self.requests_per_minute = requests_per_minute
         self._tokens: OrderedDict[str, tuple[float, float]] = OrderedDict()  # by client: tokens, and when that was
 
     def retry_after(self, client: str) -> int:
         """Return the seconds until this client may send its next request; 0 is now."""
         tokens = self._refill(client)
-        return 0 if tokens >= 1 else math.ceil((1 - tokens) * 60 / self.rate)
+        return 0 if tokens >= 1 else math.ceil((1 - tokens) * 60 / self.requests_per_minute)
 
     def consume(self, client: str) -> None:
         """Count one request of this client."""
@@ -70,8 +70,8 @@ class RateLimiter:
             self._tokens.popitem(last=False)
 
     def _refill(self, client: str) -> float:
-        tokens, then = self._tokens.get(client, (float(self.rate), 0.0))
-        return min(self.rate, tokens + (time.monotonic() - then) * self.rate / 60)
+        tokens, then = self._tokens.get(client, (float(self.requests_per_minute), 0.0))
+        return min(self.requests_per_minute, tokens + (time.monotonic() - then) * self.requests_per_minute / 60)
 
 
 class GuardMiddleware:

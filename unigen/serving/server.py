@@ -98,7 +98,7 @@ class Server:
         self._log_prompt(request, document)
         output = self._choose_output(body.modalities, document)
         document, ignored = self._without_system(document, output)
-        jobs = self._make_jobs(body, Job(document, output, stop=tuple(body.stop or ()), notes=ignored))
+        jobs = self._make_jobs(body, Job(document, output, stop=tuple(body.stop or ()), extra_settings=ignored))
         head: JSONObject = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -130,7 +130,7 @@ class Server:
             raise HTTPError(400, 'this model draws: give tools [{"type": "image_generation"}]', param="tools")
         output = self._choose_output(body.modalities, document)
         document, ignored = self._without_system(document, output)
-        jobs = self._make_jobs(body, Job(document, output, notes=ignored))
+        jobs = self._make_jobs(body, Job(document, output, extra_settings=ignored))
         events = response_events(self._merge_events(jobs), body, self.config.model_name)
         if body.stream:
             return await stream_response(request, events)
@@ -208,7 +208,7 @@ class Server:
         if mask is None:
             job = Job(Document.of([image, prompt]), "image")
         else:
-            job = Job(Document.of(prompt), "image", around=image, mask=mask)
+            job = Job(Document.of(prompt), "image", base_image=image, mask=mask)
         return await self._generate_images(request, body, "image_edit", job)
 
     async def variations(self, request: Request) -> Response | JSONObject:
@@ -220,7 +220,7 @@ class Server:
         question = Job(Document.of([image, "describe this picture"]), "text")
         (answer,) = await cancel_on_disconnect(request, self._collect([question]))
         caption = str(answer.parts[0]) if answer.parts else "a picture"
-        job = Job(Document.of(Segment(text=caption)), "image", around=image, variation=body.variation)
+        job = Job(Document.of(Segment(text=caption)), "image", base_image=image, variation=body.variation)
         return await self._generate_images(request, body, "image_variation", job)
 
     async def _generate_images(
@@ -278,11 +278,13 @@ class Server:
             )
             raise HTTPError(400, message, param="n")
         first_seed = secrets.randbelow(1 << 31) if body.seed is None else body.seed
-        options, info, notes = body.options(), self.engine.info, job.notes
+        options, info, extra_settings = body.options(), self.engine.info, job.extra_settings
         if body.size in protocol.COMMON_SIZES and info.get("sizes") == "this one":
             options.pop("size", None)
-            notes = notes | {"size": "{0}x{0}".format(info["image_size"])}
-        job = replace(job, previews=body.partial_images, candidates=body.candidates, notes=notes)
+            extra_settings = extra_settings | {"size": "{0}x{0}".format(info["image_size"])}
+        job = replace(
+            job, num_previews=body.partial_images, num_candidates=body.candidates, extra_settings=extra_settings
+        )
         return [replace(job, options={**options, "seed": offset_seed(first_seed, i)}) for i in range(body.n)]
 
     async def _merge_events(self, jobs: list[Job]) -> AsyncGenerator[tuple[int, Event], None]:
@@ -318,7 +320,7 @@ class Server:
                 if isinstance(event, (Rejected, Error)):
                     raise _job_error(event)
                 if isinstance(event, Started):
-                    event = replace(event, settings=event.settings | jobs[i].notes)
+                    event = replace(event, settings=event.settings | jobs[i].extra_settings)
                 if isinstance(event, Part) and not has_part:
                     self.metrics.first_part_seconds.observe(time.perf_counter() - start)
                     has_part = True

@@ -1,7 +1,7 @@
 """The worker: it holds a model and answers jobs, which join while others run and leave when they end or are dropped.
 
     receiver, sender: the end of a pipe and a `process.EventSender` (the server holds the other ends)
-    run_worker(receiver, sender, {"name": "unigen-tiny"}, slots=32)
+    run_worker(receiver, sender, {"name": "unigen-tiny"}, max_sequences=32)
 
 A job that is not valid gets a `Rejected` in one line. A failure while jobs run together is an `Error` for each of them,
 and the next ones are answered. Does not depend on: HTTP.
@@ -39,7 +39,7 @@ class _ActiveJob:
 
     job: Job
     """The job."""
-    words: StopStringFilter
+    text_filter: StopStringFilter
     """The text of the answer, up to a stop string."""
     prepared: PreparedRequest | None = None
     """The sequences of the job; None where the engine is not batched."""
@@ -56,10 +56,10 @@ class _ActiveJob:
     def events(self, part: AnswerPart) -> Iterator[Event]:
         """Yield the events of a generated part."""
         if isinstance(part, str):
-            if text := self.words.feed(part):
+            if text := self.text_filter.feed(part):
                 yield Part(text)
             return
-        yield from self.rest()
+        yield from self.flush()
         composite = identity if self.prepared is None else self.prepared.composite
         if isinstance(part, Preview):
             yield replace(part, image=composite(part.image))
@@ -69,27 +69,27 @@ class _ActiveJob:
     def best_events(self, engine: BatchedEngine) -> Iterator[Event]:
         """Yield the events of the best candidate. Its usage counts the tokens of all candidates."""
         assert self.prepared is not None
-        numbers = sorted(self.candidate_usage)
-        answers = [self._join_parts(number) for number in numbers]
+        sequence_ids = sorted(self.candidate_usage)
+        answers = [self._join_parts(sequence_id) for sequence_id in sequence_ids]
         (index,) = engine.select_best([self.prepared], [answers])
         yield from self.events(answers[index])
-        yield from self.rest()
+        yield from self.flush()
         usages = list(self.candidate_usage.values())
-        truncated = self.candidate_usage[numbers[index]].truncated and not self.words.stopped
+        truncated = self.candidate_usage[sequence_ids[index]].truncated and not self.text_filter.stopped
         total = replace(
-            self.candidate_usage[numbers[0]],
+            self.candidate_usage[sequence_ids[0]],
             text_tokens=sum(usage.text_tokens for usage in usages),
             image_tokens=sum(usage.image_tokens for usage in usages),
         )
         yield to_finished("length" if truncated else "stop", total)
 
-    def _join_parts(self, number: int) -> str | Image.Image:
-        parts = self.candidate_parts.get(number, [])
+    def _join_parts(self, sequence_id: int) -> str | Image.Image:
+        parts = self.candidate_parts.get(sequence_id, [])
         return "".join(parts).strip() if all(isinstance(part, str) for part in parts) else parts[0]
 
-    def rest(self) -> Iterator[Event]:
+    def flush(self) -> Iterator[Event]:
         """Yield the text that was held back, at the end of a text."""
-        if text := self.words.end():
+        if text := self.text_filter.end():
             yield Part(text)
 
 
@@ -113,16 +113,16 @@ class _BaseWorker:
     """A queue of jobs with their ids, and the count and time of the engine's steps."""
 
     def __init__(self) -> None:
-        self.waiting: deque[tuple[int, Job]] = deque()
-        self.steps, self.seconds = 0, 0.0
+        self.pending_jobs: deque[tuple[int, Job]] = deque()
+        self.steps, self.step_seconds = 0, 0.0
 
-    def ask(self, number: int, job: Job) -> None:
+    def submit(self, job_id: int, job: Job) -> None:
         """Add a job to the queue."""
-        self.waiting.append((number, job))
+        self.pending_jobs.append((job_id, job))
 
-    def drop(self, number: int) -> None:
+    def abort(self, job_id: int) -> None:
         """Drop a job, whether it waits or runs."""
-        self.waiting = deque(entry for entry in self.waiting if entry[0] != number)
+        self.pending_jobs = deque(entry for entry in self.pending_jobs if entry[0] != job_id)
 
 
 class BatchedWorker(_BaseWorker):
@@ -130,33 +130,33 @@ class BatchedWorker(_BaseWorker):
 
     Args:
         engine: the engine.
-        slots: number of sequences in the cache. A job takes one for each candidate and each branch of guidance.
+        max_sequences: number of sequences in the cache. A job takes one for each candidate and each branch of guidance.
     """
 
-    def __init__(self, engine: BatchedEngine, slots: int) -> None:
+    def __init__(self, engine: BatchedEngine, max_sequences: int) -> None:
         super().__init__()
-        self.engine, self.slots, self.running = engine, slots, engine.new_scheduler()
-        self.next: tuple[int, _ActiveJob] | None = None
+        self.engine, self.max_sequences, self.scheduler = engine, max_sequences, engine.new_scheduler()
+        self.next_job: tuple[int, _ActiveJob] | None = None
         """A job that is prepared and waits for slots, with its id."""
-        self.answers: dict[int, tuple[int, int, _ActiveJob]] = {}
+        self.active_jobs: dict[int, tuple[int, int, _ActiveJob]] = {}
         """By sequence id: job id, slots, and the job."""
 
     @property
     def busy(self) -> bool:
         """Whether a job runs or waits."""
-        return bool(self.answers or self.waiting or self.next)
+        return bool(self.active_jobs or self.pending_jobs or self.next_job)
 
-    def drop(self, number: int) -> None:
+    def abort(self, job_id: int) -> None:
         """Drop a job, whether it waits or runs, with all its sequences."""
-        super().drop(number)
-        if self.next and self.next[0] == number:
-            self.next = None
-        self._abort_sequences(number)
+        super().abort(job_id)
+        if self.next_job and self.next_job[0] == job_id:
+            self.next_job = None
+        self._abort_sequences(job_id)
 
-    def _abort_sequences(self, number: int) -> None:
-        for row in [row for row, (job, *_) in self.answers.items() if job == number]:
-            self.running.abort(row)
-            del self.answers[row]
+    def _abort_sequences(self, job_id: int) -> None:
+        for sequence_id in [key for key, (owner, *_) in self.active_jobs.items() if owner == job_id]:
+            self.scheduler.abort(sequence_id)
+            del self.active_jobs[sequence_id]
 
     def step(self) -> Iterator[tuple[int, Event]]:
         """Admit jobs and do one step of the batch.
@@ -165,60 +165,60 @@ class BatchedWorker(_BaseWorker):
             Events, each with the id of its job.
         """
         yield from self._admit()
-        if not self.answers:
+        if not self.active_jobs:
             return
         start = time.perf_counter()
         try:
-            parts = self.running.step()
+            parts = self.scheduler.step()
         except Exception as error:
             traceback.print_exc()
-            failed = [number for number, *_ in self.answers.values()]
-            self.running.abort_all()
-            self.answers, self.running = {}, self.engine.new_scheduler()
-            yield from ((number, Error(f"{type(error).__name__} while it was answered")) for number in failed)
+            failed = [job_id for job_id, *_ in self.active_jobs.values()]
+            self.scheduler.abort_all()
+            self.active_jobs, self.scheduler = {}, self.engine.new_scheduler()
+            yield from ((job_id, Error(f"{type(error).__name__} while it was answered")) for job_id in failed)
             return
-        self.steps, self.seconds = self.steps + 1, self.seconds + time.perf_counter() - start
+        self.steps, self.step_seconds = self.steps + 1, self.step_seconds + time.perf_counter() - start
         yield from self._failure_events()
-        for row, part in parts:
-            number, _, answer = self.answers.get(row, (None, 0, None))
-            if number is None or answer is None:
+        for sequence_id, part in parts:
+            job_id, _, answer = self.active_jobs.get(sequence_id, (None, 0, None))
+            if job_id is None or answer is None:
                 continue
             if answer.has_candidates:
-                answer.candidate_parts.setdefault(row, []).append(part)
+                answer.candidate_parts.setdefault(sequence_id, []).append(part)
                 continue
             for event in answer.events(part):
-                yield number, event
-            if answer.words.stopped:
-                usage = self.running.finished.get(row) or self.running.usage(row)
-                yield number, to_finished("stop", usage)
-                del self.answers[row]
-                if row in self.running:
-                    self.running.abort(row)
-        for row, usage in self.running.finished.items():
-            if row in self.answers:
-                number, _, answer = self.answers.pop(row)
+                yield job_id, event
+            if answer.text_filter.stopped:
+                usage = self.scheduler.finished.get(sequence_id) or self.scheduler.usage(sequence_id)
+                yield job_id, to_finished("stop", usage)
+                del self.active_jobs[sequence_id]
+                if sequence_id in self.scheduler:
+                    self.scheduler.abort(sequence_id)
+        for sequence_id, usage in self.scheduler.finished.items():
+            if sequence_id in self.active_jobs:
+                job_id, _, answer = self.active_jobs.pop(sequence_id)
                 if answer.has_candidates:
-                    answer.candidate_usage[row] = usage
-                    if not any(job == number for job, *_ in self.answers.values()):
-                        yield from self._best_candidate_events(number, answer)
+                    answer.candidate_usage[sequence_id] = usage
+                    if not any(owner == job_id for owner, *_ in self.active_jobs.values()):
+                        yield from self._best_candidate_events(job_id, answer)
                     continue
-                for event in answer.rest():
-                    yield number, event
-                yield number, to_finished("length" if usage.truncated else "stop", usage)
+                for event in answer.flush():
+                    yield job_id, event
+                yield job_id, to_finished("length" if usage.truncated else "stop", usage)
 
     def _failure_events(self) -> Iterator[tuple[int, Event]]:
         """Yield an error for each job with a failed sequence; its other sequences are dropped."""
-        for row, error in self.running.failed.items():
-            if row in self.answers:
-                number = self.answers[row][0]
-                for sequence_id in [index for index, (job, *_) in self.answers.items() if job == number]:
-                    del self.answers[sequence_id]
-                    if sequence_id in self.running:
-                        self.running.abort(sequence_id)
+        for sequence_id, error in self.scheduler.failed.items():
+            if sequence_id in self.active_jobs:
+                job_id = self.active_jobs[sequence_id][0]
+                for other_id in [key for key, (owner, *_) in self.active_jobs.items() if owner == job_id]:
+                    del self.active_jobs[other_id]
+                    if other_id in self.scheduler:
+                        self.scheduler.abort(other_id)
                 print(f"unigen: {error}", file=sys.stderr)
-                yield number, Error(str(error), retryable=False)
+                yield job_id, Error(str(error), retryable=False)
 
-    def _best_candidate_events(self, number: int, answer: _ActiveJob) -> Iterator[tuple[int, Event]]:
+    def _best_candidate_events(self, job_id: int, answer: _ActiveJob) -> Iterator[tuple[int, Event]]:
         try:
             events = list(answer.best_events(self.engine))
         except NonFiniteError as error:
@@ -226,62 +226,62 @@ class BatchedWorker(_BaseWorker):
         except Exception as error:
             traceback.print_exc()
             events = [Error(f"{type(error).__name__} while candidates were compared")]
-        yield from ((number, event) for event in events)
+        yield from ((job_id, event) for event in events)
 
-    def load(self) -> Stats:
+    def stats(self) -> Stats:
         """Return what the worker is doing."""
-        rows = sum(slots for _, slots, _ in self.answers.values())
-        waiting = len(self.waiting) + (self.next is not None)
-        running = len({number for number, *_ in self.answers.values()})
-        return Stats(running, waiting, rows, self.running.num_cached_tokens, self.steps, self.seconds)
+        num_sequences = sum(count for _, count, _ in self.active_jobs.values())
+        num_waiting = len(self.pending_jobs) + (self.next_job is not None)
+        num_running = len({job_id for job_id, *_ in self.active_jobs.values()})
+        return Stats(
+            num_running, num_waiting, num_sequences, self.scheduler.num_cached_tokens, self.steps, self.step_seconds
+        )
 
     def _admit(self) -> Iterator[tuple[int, Event]]:
         """Start jobs in the order of their arrival, as long as there are slots; yield an event for each."""
-        while self.next or self.waiting:
-            if not self.next:
-                number, job = self.waiting.popleft()
+        while self.next_job or self.pending_jobs:
+            if not self.next_job:
+                job_id, job = self.pending_jobs.popleft()
                 try:
-                    self.next = number, self._prepare(job)
+                    self.next_job = job_id, self._prepare(job)
                 except ValueError as error:
-                    yield number, to_rejection(error)
+                    yield job_id, to_rejection(error)
                     continue
                 except Exception as error:
                     traceback.print_exc()
-                    yield number, Error(f"{type(error).__name__} before it was answered")
+                    yield job_id, Error(f"{type(error).__name__} before it was answered")
                     continue
-            number, answer = self.next
+            job_id, answer = self.next_job
             assert answer.prepared is not None
             requests = answer.prepared.requests
             branches = 1 if answer.job.output == "text" else requests[0].guidance.num_branches
-            if (
-                self.answers
-                and branches * len(requests) + sum(slots for _, slots, _ in self.answers.values()) > self.slots
-            ):
+            num_sequences = branches * len(requests) + sum(count for _, count, _ in self.active_jobs.values())
+            if self.active_jobs and num_sequences > self.max_sequences:
                 return
-            self.next = None
+            self.next_job = None
             try:
                 for request in requests:
-                    self.answers[self.running.add_request(request)] = number, branches, answer
+                    self.active_jobs[self.scheduler.add_request(request)] = job_id, branches, answer
             except ValueError as error:
-                self._abort_sequences(number)
-                yield number, to_rejection(error)
+                self._abort_sequences(job_id)
+                yield job_id, to_rejection(error)
                 continue
             except Exception as error:  # such as a GPU without memory for the images of the job
                 traceback.print_exc()
-                self._abort_sequences(number)
-                yield number, Error(f"{type(error).__name__} before it was answered")
+                self._abort_sequences(job_id)
+                yield job_id, Error(f"{type(error).__name__} before it was answered")
                 continue
             candidates = {"candidates": len(requests)} if answer.has_candidates else {}
-            yield number, Started(answer.prepared.settings | candidates)
+            yield job_id, Started(answer.prepared.settings | candidates)
 
     def _prepare(self, job: Job) -> _ActiveJob:
         """Prepare the sequences of a job, one for each candidate. ValueError for a job that is not valid."""
-        options = job.options | ({"previews": job.previews} if job.candidates == 1 else {})
+        options = job.options | ({"previews": job.num_previews} if job.num_candidates == 1 else {})
         prepared = self.engine.prepare(
             job.prompt,
             job.output,
-            candidates=job.candidates,
-            image=job.around,
+            candidates=job.num_candidates,
+            image=job.base_image,
             mask=job.mask,
             variation=job.variation,
             **options,
@@ -299,19 +299,19 @@ class SequentialWorker(_BaseWorker):
     def __init__(self, engine: InferenceEngine) -> None:
         super().__init__()
         self.engine = engine
-        self.now: tuple[int, Iterator[AnswerPart], _ActiveJob] | None = None
+        self.active_job: tuple[int, Iterator[AnswerPart], _ActiveJob] | None = None
         """The job that runs: its id, the parts of its answer, and the job."""
 
     @property
     def busy(self) -> bool:
         """Whether a job runs or waits."""
-        return bool(self.now or self.waiting)
+        return bool(self.active_job or self.pending_jobs)
 
-    def drop(self, number: int) -> None:
+    def abort(self, job_id: int) -> None:
         """Drop a job, whether it waits or runs."""
-        super().drop(number)
-        if self.now and self.now[0] == number:
-            self.now = None
+        super().abort(job_id)
+        if self.active_job and self.active_job[0] == job_id:
+            self.active_job = None
 
     def step(self) -> Iterator[tuple[int, Event]]:
         """Generate the next part of the job that runs, or start the next job.
@@ -321,41 +321,42 @@ class SequentialWorker(_BaseWorker):
         """
         if not self.busy:  # the jobs have been dropped
             return
-        if not self.now:
-            number, job = self.waiting.popleft()
-            if job.candidates != 1:
-                yield number, Rejected("this model cannot compare candidates: leave them out")
+        if not self.active_job:
+            job_id, job = self.pending_jobs.popleft()
+            if job.num_candidates != 1:
+                yield job_id, Rejected("this model cannot compare candidates: leave them out")
                 return
             if job.variation is not None:
-                yield number, Rejected("this model does not vary pictures: say what to draw")
+                yield job_id, Rejected("this model does not vary pictures: say what to draw")
                 return
-            self.now = number, self._parts(job), _ActiveJob(job, StopStringFilter(job.stop))
-            yield number, Started(self._settings(job))
-        number, parts, answer = self.now
+            self.active_job = job_id, self._generate(job), _ActiveJob(job, StopStringFilter(job.stop))
+            yield job_id, Started(self._reported_settings(job))
+        job_id, parts, answer = self.active_job
         start = time.perf_counter()
         try:
             part = next(parts, None)
         except ValueError as error:
-            self.now = None
-            yield number, to_rejection(error)
+            self.active_job = None
+            yield job_id, to_rejection(error)
             return
         except Exception as error:
             traceback.print_exc()
-            self.now = None
-            yield number, Error(f"{type(error).__name__} while it was answered")
+            self.active_job = None
+            yield job_id, Error(f"{type(error).__name__} while it was answered")
             return
-        self.steps, self.seconds = self.steps + 1, self.seconds + time.perf_counter() - start
-        for event in answer.rest() if part is None else answer.events(part):
-            yield number, event
-        if part is None or answer.words.stopped:
-            self.now = None
-            yield number, Finished("stop")
+        self.steps, self.step_seconds = self.steps + 1, self.step_seconds + time.perf_counter() - start
+        for event in answer.flush() if part is None else answer.events(part):
+            yield job_id, event
+        if part is None or answer.text_filter.stopped:
+            self.active_job = None
+            yield job_id, Finished("stop")
 
-    def load(self) -> Stats:
+    def stats(self) -> Stats:
         """Return what the worker is doing."""
-        return Stats(int(bool(self.now)), len(self.waiting), int(bool(self.now)), 0, self.steps, self.seconds)
+        num_running = int(self.active_job is not None)
+        return Stats(num_running, len(self.pending_jobs), num_running, 0, self.steps, self.step_seconds)
 
-    def _settings(self, job: Job) -> dict[str, Any]:
+    def _reported_settings(self, job: Job) -> dict[str, Any]:
         """Return the options of a job with the engine's defaults, as far as these are known."""
         defaults = {} if job.output == "text" else self.engine.default_options("image", job.options)
         if job.output != "image":
@@ -363,12 +364,12 @@ class SequentialWorker(_BaseWorker):
             defaults["text"] = self.engine.default_options("text", options) | options
         return defaults | job.options
 
-    def _parts(self, job: Job) -> Iterator[Any]:
+    def _generate(self, job: Job) -> Iterator[Any]:
         """Yield the parts of the answer. The options of the job are checked when the first is taken."""
-        if job.around is None:
+        if job.base_image is None:
             yield from self.engine.stream(job.prompt, output=job.output, **job.options)
         else:
-            yield self.engine.inpaint(job.around, prompt_text(job.prompt), job.mask, **job.options)
+            yield self.engine.inpaint(job.base_image, prompt_text(job.prompt), job.mask, **job.options)
 
 
 def prompt_text(document: Document) -> str:
@@ -376,7 +377,7 @@ def prompt_text(document: Document) -> str:
     return " ".join(segment.text for segment in document.segments if segment.text)
 
 
-def run_worker(receiver: Connection, sender: Any, source: dict[str, Any], slots: int) -> None:
+def run_worker(receiver: Connection, sender: Any, source: dict[str, Any], max_sequences: int) -> None:
     """Load a model, and answer jobs until the other end of the pipe is closed.
 
     A model that cannot be loaded is a `Rejected` without a job id.
@@ -385,13 +386,13 @@ def run_worker(receiver: Connection, sender: Any, source: dict[str, Any], slots:
         receiver: jobs with their ids; None instead of a job drops it.
         sender: a `process.EventSender`, which takes events with the ids of their jobs.
         source: keywords of `unigen.load`.
-        slots: number of sequences that are generated at a time.
+        max_sequences: number of sequences that are generated at a time.
     """
     try:
         from unigen import loading
 
         engine = loading.load(**source)
-        worker = BatchedWorker(engine, slots) if is_batched(engine) else SequentialWorker(engine)
+        worker = BatchedWorker(engine, max_sequences) if is_batched(engine) else SequentialWorker(engine)
         sender.send((None, Ready(cast(ServedModelInfo, {**engine.info(), "outputs": list(engine.outputs)}))))
     except ValueError as error:
         sender.send((None, Rejected(" ".join(str(error).split()))))
@@ -401,18 +402,18 @@ def run_worker(receiver: Connection, sender: Any, source: dict[str, Any], slots:
         while True:
             receiver.poll(0 if worker.busy else None)  # without a job, wait for one
             while receiver.poll():
-                number, job = receiver.recv()
+                job_id, job = receiver.recv()
                 if job is None:
-                    worker.drop(number)
+                    worker.abort(job_id)
                 else:
-                    worker.ask(number, job)
+                    worker.submit(job_id, job)
                 del job  # else its images are held until the next job comes
             sender.step = time.monotonic()
-            for number, event in worker.step():
-                sender.send((number, event))
+            for job_id, event in worker.step():
+                sender.send((job_id, event))
             sender.step = None
             if not worker.busy or time.monotonic() - last_stats_time > 0.25:
-                sender.send((None, worker.load()))
+                sender.send((None, worker.stats()))
                 last_stats_time = time.monotonic()
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
