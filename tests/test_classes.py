@@ -83,7 +83,7 @@ def test_a_class_is_drawn_and_words_are_refused(class_folder: Path) -> None:
     first, same, other = (np.asarray(engine.generate(p, guidance=1.0)) for p in (1, Segment(label="bee"), 2))
     assert (first == same).all() and (first != other).any()
     assert (np.asarray(engine.generate_batch([1, 2, 1], [5, 0, 0], guidance=1.0)[2]) == first).all()
-    for prompt, message in (("a bee", "draws classes, not words: give a class from 0 to 2"), (3, "unknown class 3")):
+    for prompt, message in (("a bee", "by class, not from text: give a class from 0 to 2"), (3, "unknown class 3")):
         with pytest.raises(ValueError, match=message):
             engine.generate(prompt)
     with pytest.raises(ValueError, match="cannot answer with text"):
@@ -91,7 +91,7 @@ def test_a_class_is_drawn_and_words_are_refused(class_folder: Path) -> None:
 
 
 def test_a_model_of_words_refuses_a_class(tiny_folder: Path) -> None:
-    with pytest.raises(ValueError, match="draws words, not classes"):
+    with pytest.raises(ValueError, match="from text, not by class"):
         unigen.load(str(tiny_folder), device="cpu").generate(1)
 
 
@@ -103,7 +103,7 @@ def test_command(class_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     for bad, message in (
         ([], "say what to draw: in words, or by --class"),
         (["a cow", "--class", "2"], "both words and --class are given"),
-        (["a cow"], "draws classes, not words"),
+        (["a cow"], "by class, not from text"),
         (["--class", "7"], "unknown class '7': give a class from 0 to 2, or its name (ant, bee, cow)"),
     ):
         capsys.readouterr()
@@ -157,7 +157,7 @@ def test_the_recipe_and_its_score(tmp_path: Path, capsys: pytest.CaptureFixture[
     )
     capsys.readouterr()
     assert main(["eval", "digits", "--model", "unigen-tiny", "--images", "1"]) == 2
-    assert "draws words, not classes" in capsys.readouterr().err
+    assert "from text, not by class" in capsys.readouterr().err
 
 
 def test_copies_are_seen() -> None:

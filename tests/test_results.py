@@ -126,7 +126,7 @@ def test_a_greedy_image_without_guidance_is_scored_as_it_was_drawn(engine: Engin
     assert score.token_ids[-1] == engine.model.template.stop_token_ids[0], "the end of the turn counts"
     other = Document([*result.document.segments[:1], Segment(image=result.codes[0].flip(0), role="assistant")])
     assert engine.score([other])[0].total < score.total, "other codes are less likely than the likeliest"
-    with pytest.raises(ValueError, match="the assistant says nothing"):
+    with pytest.raises(ValueError, match="has no text or image of the assistant"):
         engine.score([Document.of("a blue horse")])
 
 

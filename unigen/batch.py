@@ -104,7 +104,7 @@ class Tokens:
     images: list[Any] = field(default_factory=list)
     """As the segments hold them, or encoded."""
     handlers: list[str] = field(default_factory=list)
-    """For each image, the generator that writes it or the reader that reads it: its place is laid out for that."""
+    """For each image, its generator or its reader: its place is laid out for that."""
 
     def add(self, ids: Sequence[int], loss: bool = False) -> None:
         """Append ids; `loss` says whether they are predicted."""
@@ -194,7 +194,7 @@ class InputSpan:
     embeds: Tensor | None = None
     """Vectors (M, P, D) or (P, D) that are read in place of embeddings of ids; None: the ids are read."""
     attend_until: Tensor | int | None = None
-    """The last position of its row that each position sees, (M, P) or (P,); None: each sees those before it."""
+    """The last position of its row that each position attends to, (M, P) or (P,); None is causal."""
 
 
 def pack(rows: Sequence[Sequence[Tokens]], length: int, image_size: int) -> Batch:

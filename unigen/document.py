@@ -60,7 +60,7 @@ class Segment:
     tokenizer of its own."""
     role: Role = "user"
     label: int | str | None = None
-    """Number or name of a class, for models that draw classes."""
+    """Number or name of a class, for class-conditional models."""
 
     def __post_init__(self) -> None:
         if sum(part is not None for part in (self.text, self.image, self.label)) != 1:
@@ -151,7 +151,7 @@ class Condition:
 
 @dataclass(eq=False)
 class Document:
-    """Text and images in order, each with a role of a chat. In training, the segments of the assistant are learnt.
+    """Text and images in order, each with a role of a chat. In training, the loss is on the segments of the assistant.
 
     Raises:
         ValueError: `segments` is no list of `Segment`.
@@ -159,7 +159,7 @@ class Document:
 
     segments: list[Segment] = field(default_factory=list)
     size: tuple[int, int] | None = None
-    """Width and height in pixels of the images to be drawn, for models that draw several sizes."""
+    """Width and height in pixels of the generated images, for models of several sizes."""
     conditions: dict[str, Condition] = field(default_factory=dict)
     """By a name of the user's, what the images to be drawn have to follow."""
 

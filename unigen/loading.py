@@ -225,7 +225,8 @@ def load_one(name: str, placement: Placement, *, reads: bool = False, composed: 
     Args:
         name: a shipped model, a folder, or `owner/name[@revision]` on the hub.
         placement: where its weights lie.
-        reads: the model answers in text for another that draws; transformers loads it where no family of ours does.
+        reads: the model answers in text, and another generates images; transformers loads it where no family of ours
+            does.
         composed: it is one of two models. A pipeline then takes a quantization, which is meant for the other.
 
     Returns:

@@ -294,7 +294,7 @@ def name_keywords(groups: Iterable[GroupType]) -> Callable[[F], F]:
 
 
 class RenamedAction(argparse.Action):
-    """A flag that has another name now; who gives it is told."""
+    """A flag that has another name now; the error names it."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, **options: Any) -> None:
         super().__init__(option_strings, dest, nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS)

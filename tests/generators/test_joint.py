@@ -156,4 +156,4 @@ def test_on_the_command_line(tiny_folder: Path, tmp_path: Path, capsys: pytest.C
     assert main(["pair", "a dog", *model]) == 2
     assert "the command pair is called joint now" in capsys.readouterr().err
     assert main(["joint", "a dog", "--generator", "masked", *model]) == 2
-    assert "need a generator that writes both (joint)" in capsys.readouterr().err
+    assert "need a generator of both (joint)" in capsys.readouterr().err

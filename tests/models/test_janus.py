@@ -156,7 +156,7 @@ def test_the_layout_of_transformers_damaged(tmp_path: Path) -> None:
 
 def test_what_it_refuses(folder: Path) -> None:
     engine = unigen.load(str(folder), "cpu")
-    with pytest.raises(ValueError, match="draws from words alone"):
+    with pytest.raises(ValueError, match="generates images from text alone"):
         engine.edit(Image.new("RGB", (8, 8)), "make it red")
     with pytest.raises(ValueError, match="learns to draw here"):
         engine.model.template.encode(Document([Segment(text="a"), Segment(text="b", role="assistant")]))

@@ -29,9 +29,9 @@ def liquid_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["edit", "{picture}", "make it blue", "-o", "{out}"], "draws from words alone"),
+        (["edit", "{picture}", "make it blue", "-o", "{out}"], "generates images from text alone"),
         (["story", "a witch", "-o", "{folder}"], "cannot answer with interleaved"),
-        (["generate", "--class", "7", "-o", "{out}"], "draws words, not classes"),
+        (["generate", "--class", "7", "-o", "{out}"], "from text, not by class"),
         (["generate", "a dog", "--generator", "masked", "-o", "{out}"], "no generator 'masked'"),
     ],
 )

@@ -70,8 +70,8 @@ def test_pictures_alone_and_in_a_batch(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("asked", "reason"),
     [
-        (["generate", "--class", "7"], "draws words, not classes"),
-        (["edit", "{picture}", "make it red"], "draws from words alone"),
+        (["generate", "--class", "7"], "from text, not by class"),
+        (["edit", "{picture}", "make it red"], "generates images from text alone"),
         (["generate", "a red dog " * 40], "pieces, the model reads 120: shorten it"),
     ],
 )

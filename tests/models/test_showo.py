@@ -149,7 +149,7 @@ def test_pictures_are_read_alone_as_in_a_batch(engine: Any) -> None:
 
 def test_what_it_refuses(engine: Any) -> None:
     red = Image.new("RGB", (8, 8), "red")
-    with pytest.raises(ValueError, match="draws from words alone"):
+    with pytest.raises(ValueError, match="generates images from text alone"):
         engine.edit(red, "make it red")
     for asked in ("What is it", [red, red, "What is it"]):
         with pytest.raises(ValueError, match="one question about one picture"):

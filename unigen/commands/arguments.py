@@ -151,7 +151,7 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--lmm",
         type=non_empty,
-        help="a model that reads and writes text, and prompts for the one that draws (--model)",
+        help="a model that reads and writes text, and prompts for the image model (--model)",
     )
     group.add_argument(
         "--engine",
@@ -177,7 +177,7 @@ def sampling_arguments(
     generator: str = options.DEFAULT_GENERATOR,
     skip: Sequence[str] = ("n", "candidates"),
 ) -> None:
-    """Add the options that count where one of the outputs is asked for. The engine sets those that a user leaves out.
+    """Add the options of the outputs. The engine sets those that a user leaves out.
 
     Args:
         parser: of the command.

@@ -31,6 +31,6 @@ def run(args: argparse.Namespace) -> int:
     from unigen.commands.chat_session import Chat
 
     engine = load(args)
-    with progress.suppress_bars():  # a bar would be drawn over the answer
+    with progress.suppress_bars():  # a bar would overwrite the answer
         Chat(args.folder, output=None, **generation_options(args)).run(engine, sys.stdin, sys.stdout)
     return 0

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `unigen generate`."""
     parser.add_argument("prompt", nargs="?", type=parse_text, help="what to draw, in words")
     parser.add_argument(
-        "--class", dest="label", type=parse_text, help="of a model that draws classes: a number or a name"
+        "--class", dest="label", type=parse_text, help="of a class-conditional model: a number or a name"
     )
     parser.add_argument(
         "-o", "--output", default="out.png", help="the picture, - is a PNG on stdout (default: %(default)s)"

@@ -24,20 +24,22 @@ from unigen.utils.argparser import non_empty
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-HELP = "generate a part of a picture anew, or its surroundings"
+HELP = "regenerate a part of a picture, or its surroundings"
 STDOUT = {"output": ".png"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `unigen inpaint`."""
-    parser.add_argument("image", help="the picture to paint in")
+    parser.add_argument("image", help="the picture to inpaint")
     parser.add_argument("prompt", type=parse_text, help="what the whole picture is to show")
     region = parser.add_mutually_exclusive_group(required=True)
-    region.add_argument("--mask", type=non_empty, metavar="FILE", help="a picture, white and opaque where to paint")
     region.add_argument(
-        "--box", type=parse_box, metavar="L,T,R,B", help="paint inside this box, in pixels of the picture"
+        "--mask", type=non_empty, metavar="FILE", help="a picture, white and opaque in the region to regenerate"
     )
-    region.add_argument("--around", type=parse_box, metavar="L,T,R,B", help="paint outside this box (outpainting)")
+    region.add_argument(
+        "--box", type=parse_box, metavar="L,T,R,B", help="regenerate inside this box, in pixels of the picture"
+    )
+    region.add_argument("--around", type=parse_box, metavar="L,T,R,B", help="regenerate outside this box (outpainting)")
     add_argument(region, "variation", VariationOptions.options()["variation"])
     parser.add_argument(
         "-o", "--output", default="out.png", help="the new picture, - is a PNG on stdout (default: %(default)s)"

@@ -186,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever reads has seen enough
+    except BrokenPipeError:  # the reader has closed the pipe
         discard_stdout()
         return 0
     except OSError as error:
@@ -217,6 +217,6 @@ def run() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except (OSError, ValueError, AttributeError):  # closed, or nobody reads: `main` has said what can be said
+        except (OSError, ValueError, AttributeError):  # closed, or without a reader: `main` has printed its error
             pass
     os._exit(code)

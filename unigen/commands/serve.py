@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float_range(3),
         default=30.0,
         metavar="S",
-        help="start the model again when nothing was heard of it for so many seconds (default: %(default)g)",
+        help="start the model again when it has not reported for so many seconds (default: %(default)g)",
     )
     group.add_argument(
         "--restart-timeout",
@@ -69,13 +69,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="ADDRESS",
-        help="whose X-Forwarded-For says who asks, an address or a network; may be repeated (default: none)",
+        help="whose X-Forwarded-For names the client, an address or a network; may be repeated (default: none)",
     )
     group.add_argument("--allow-fetch", action="store_true", help="read pictures from public http(s) addresses")
     group.add_argument(
-        "--images-folder", type=non_empty, metavar="FOLDER", help="keep pictures that are asked for by url"
+        "--images-folder", type=non_empty, metavar="FOLDER", help="keep pictures that are requested by url"
     )
-    group.add_argument("--log-prompts", action="store_true", help="what is asked stands in the log")
+    group.add_argument("--log-prompts", action="store_true", help="write prompts to the log")
     model_arguments(parser)
 
 

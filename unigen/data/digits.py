@@ -3,7 +3,7 @@
     images, labels = digits.load_split(held_out=False)            # uint8 (N, 8, 8) of 0..16, int64 (N,)
     picture = digits.picture(images[0], 32)                 # uint8 (32, 32, 3)
 
-A real-data anchor for models that draw classes (Alpaydin and Kaynak 1998, Optical Recognition of Handwritten Digits).
+A real-data anchor for class-conditional models (Alpaydin and Kaynak 1998, Optical Recognition of Handwritten Digits).
 It does not depend on models and training."""
 
 from __future__ import annotations

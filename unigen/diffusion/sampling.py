@@ -46,7 +46,7 @@ class Trajectory:
             guidance: how the branches are combined.
             path: by which predictions are converted; None is `LinearPath()`.
             prediction_type: what the network predicts.
-            rng: randomness of a solver that draws.
+            rng: random generator of a stochastic solver.
         """
         self.x_t = noise
         """Where it is (M, ...)."""
@@ -151,7 +151,7 @@ def sample(
         guidance: how the branches are combined.
         path: between data and noise; None is the linear one.
         prediction_type: what the network predicts.
-        rng: for solvers that draw.
+        rng: random generator of a stochastic solver.
 
     Returns:
         Data (M, ...).

@@ -50,7 +50,7 @@ class StepResult:
     x_next: Tensor
     """x (M, ...) at the next time."""
     mean: Tensor | None = None
-    """Mean (M, ...) of the distribution that x_next was drawn from; None where the step draws nothing."""
+    """Mean (M, ...) of the distribution that x_next was drawn from; None where the step is deterministic."""
     std: Tensor | None = None
     """Its standard deviation (M, 1, ...)."""
     logprob: Tensor | None = None
@@ -72,7 +72,7 @@ class Solver(Protocol):
             prediction: (M, ...), of the network at x_t and `timesteps[index]`.
             index: number of this evaluation, from 0, one after the other.
             x_t: (M, ...).
-            rng: randomness of a solver that draws; solvers of an ODE do not look at it.
+            rng: random generator of a stochastic solver; solvers of an ODE do not use it.
 
         Returns:
             Where the step leads, at `timesteps[index + 1]`, in the end at 0.

@@ -3,7 +3,7 @@
 True images of the same prompts (the detector's own limit), their reconstructions (the tokenizer's limit), the training
 images with the nearest captions (memory alone), images under other prompts (chance), noise and blends (what the
 detector finds where nothing is). Only what renders scenes (`oracle_images`, `nearest_training_images`) needs the emoji
-font, which its renderer has. Does not depend on: how the score is made, how the model draws.
+font, which its renderer has. Does not depend on: how the score is computed, how the model generates.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def write_outputs(
 
     Args:
         folder: where to.
-        examples: what was asked for.
+        examples: the examples of the outputs.
         outputs: of each example.
         scores: of each output; "correct" gives the colour of its frame.
 

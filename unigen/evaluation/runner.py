@@ -46,7 +46,7 @@ TASK_OPTIONS = ("seed", "n", "candidates")
 
 
 class BatchGenerator(Protocol):
-    """What the runner asks of an engine."""
+    """The interface of an engine that the runner needs."""
 
     def generate_batch(
         self, prompts: Sequence[Prompt], seeds: Sequence[int], output: Literal["image", "text"], **options: OptionValue
@@ -71,7 +71,7 @@ class EvaluationRun:
 
     @cached_property
     def engine(self) -> InferenceEngine:
-        """The engine, loaded when it is first asked for. Raises ValueError where the task needs another."""
+        """The engine, loaded when it is first used. Raises ValueError where the task needs another."""
         engine = self._load()
         if self.task.needs_local_model and engine.local_model is None:
             raise ValueError(
@@ -93,7 +93,7 @@ class EvaluationRun:
 
     @property
     def model_name(self) -> str:
-        """What was asked to be scored."""
+        """The examples to score."""
         return " + ".join(filter(None, [self.args.lmm, self.args.model]))
 
     @property
@@ -153,7 +153,7 @@ class EvaluationTask(ABC):
 
 
 class GenerationTask(EvaluationTask, Generic[OutputT]):
-    """A task (`unigen.evaluation.task.Task`) of which each example is asked for and each output scored."""
+    """A task (`unigen.evaluation.task.Task`) of which each example is generated and each output scored."""
 
     output: ClassVar[Literal["image", "text"]]
     """What the engine generates for an example."""

@@ -1,6 +1,6 @@
-"""The contract of generators: one way of writing a segment. The engine samples from it, the trainer computes its loss.
+"""The contract of generators: how a segment is generated. The engine samples from it, the trainer computes its loss.
 
-A segment is written by one or more branches (of guidance) of the same context. In each step the engine asks for the
+A segment is generated with one or more guidance branches of the same context. In each step the engine requests the
 input of every branch (`prepare_step`), runs the backbone once for all rows, and gives the hidden states to the
 generator (`step`). Training has the same two halves: `prepare` builds the inputs of the backbone where the generator
 writes, `loss` compares the hidden states with the targets.
@@ -49,9 +49,9 @@ class SegmentSpec:
     options: OptionSet = field(default_factory=OptionSet)
     """The groups of options that the generator takes."""
     fixed_ids: Tensor | None = None
-    """Ids (h, w) of given codes, which stay; -1 where the generator writes. None: it writes all."""
+    """Ids (h, w) of given codes, which stay; -1 where the generator samples. None: it samples all."""
     text_ids: list[int] | None = None
-    """Ids in the segment's own positions of text, where it has some; None where the generator writes those too."""
+    """Ids in the segment's own positions of text, where it has some; None where the generator samples those too."""
     context_ids: frozenset[int] = frozenset()
     """Ids of the context of a text. A repetition penalty counts them with the text's own."""
     record_logprobs: bool = False
@@ -104,7 +104,7 @@ class GenerationState:
 
     @property
     def native_codes(self) -> Tensor | None:
-        """Codes (P,) of a finished image in the generator's own tokenizer; None where it writes the model's codes."""
+        """Codes (P,) of a finished image in the generator's own tokenizer; None: its codes are the model's."""
         return None
 
     @property
@@ -127,7 +127,7 @@ class StepInput:
     embeds: Tensor | None = None
     """Embeddings (at most L, D) that replace those of the last ids."""
     attend_until: list[int] | None = None
-    """Of each of these positions the last one that it sees, from 0; None is causal."""
+    """Of each of these positions the last one that it attends to, from 0; None is causal."""
     uncond_ids: list[int] | None = None
     """Ids (L,) that all branches but the first read instead of `ids`; None: they read the same."""
 
@@ -186,7 +186,7 @@ GuidedLoss = Callable[[Sequence[tuple[Tensor, Any]], Guidance, float], Tensor]
 
 
 class Generator(Protocol):
-    """A way of writing a segment."""
+    """A method of generating a segment: its inputs, sampling and loss."""
 
     name: str
     """Name for users, such as "next-token"; its file is next_token.py."""
@@ -227,13 +227,13 @@ class Generator(Protocol):
         """The attention mask inside an image.
 
         Returns:
-            Of each position of the image, counted from 0, the last one that it sees; None is causal. A longer list has
-            equally many entries for positions before the image and after it.
+            Of each position of the image, counted from 0, the last one that it attends to; None is causal. A longer
+            list has equally many entries for positions before the image and after it.
         """
         ...
 
     def prepare(self, model: GeneratorModel, batch: Batch, rng: torch.Generator) -> tuple[list[InputSpan], Any]:
-        """Build the inputs of the backbone where this generator writes.
+        """Build the inputs of the backbone for an image of this generator.
 
         Args:
             model: the model in training.
@@ -369,7 +369,7 @@ class GeneratorHead(nn.Module):
         return torch.cat([hidden_BLD[:0].flatten().float(), *trainable_params])
 
     def target_pixels(self, batch: Batch, device: torch.device) -> Tensor:
-        """Pixels (M, 3, H, W) of the batch's images that this generator writes.
+        """Pixels (M, 3, H, W) of the batch's images of this generator.
 
         Args:
             batch: packed rows.
@@ -386,7 +386,7 @@ class GeneratorHead(nn.Module):
         return pixels.to(device)
 
     def encode_targets(self, batch: Batch, device: torch.device) -> Tensor:
-        """Codes or latents of the batch's images that this generator writes.
+        """Codes or latents of the batch's images of this generator.
 
         Args:
             batch: packed rows. Its images are pixels, or codes (M, P) of the generator's own tokenizer.

@@ -90,7 +90,7 @@ class LatentFlowHead(GeneratorHead):
         """Noised latents for training.
 
         Args:
-            batch: packed rows; the images that this generator writes are noised.
+            batch: packed rows; the images of this generator are noised.
             device: device of the result.
             rng: random generator; all times are drawn before the noise.
             copies: noised copies of each image, each with its own noise and time; they follow each other.
@@ -108,7 +108,7 @@ class LatentFlowHead(GeneratorHead):
         return PathSample(self.path.add_noise(x_MZhw, noise_MZhw, t_M), t_M, self.path.target(x_MZhw, noise_MZhw, t_M))
 
     def encode_targets(self, batch: Batch, device: torch.device) -> Tensor:
-        """Latents (M, Z, h, w) of the batch's images that this generator writes.
+        """Latents (M, Z, h, w) of the batch's images of this generator.
 
         Args:
             batch: packed rows. Its images are pixels, or latents already.

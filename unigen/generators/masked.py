@@ -2,10 +2,10 @@
 
     loss = - E_r mean over the masked i of log p(x_i | what is not masked, context),   ceil(P cos(pi r / 2)) of P masked
 
-Chang et al. 2022 (arXiv 2202.04200), section 3. Inside the image every position sees every other, and the state at a
-masked position predicts that position's own code (no shift). An image is written in few steps: all masked codes are
-sampled, those of highest confidence stay, and the fraction that is still masked falls along the cosine. Codes that are
-given from the start stay as they are, so any part of an image can be inpainted.
+Chang et al. 2022 (arXiv 2202.04200), section 3. Inside the image every position attends to every other, and the state
+at a masked position predicts that position's own code (no shift). An image is generated in few steps: all masked codes
+are sampled, those of highest confidence stay, and the fraction that is still masked falls along the cosine. Codes that
+are given from the start stay as they are, so any part of an image can be inpainted.
 Does not depend on: templates, tokenizers, caches.
 
 Shapes: M images, P positions of an image, K parts of it, N positions of a part, T masked ones in all images, B rows, L

@@ -1,4 +1,4 @@
-"""Next-token prediction in a random order: each image's codes are learnt, and sampled, in an order of their own.
+"""Next-token prediction in a random order: each image's codes are trained, and sampled, in a random order of their own.
 
     p(x) = prod_i p(x_o(i) | x_o(<i), o(1..i), context),   loss = - sum_i log p(..)      o drawn for every image
 

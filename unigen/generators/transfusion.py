@@ -3,9 +3,9 @@
     loss = E |v(x_t, t, context) - (noise - x)|^2,    x_t = (1 - t) x + t noise
 
 Zhou et al. 2024 (arXiv 2408.11039), section 3, with flow instead of DDPM: the embedding of a patch is a linear map of
-its latents, plus embeddings of its position and of the image's time. Inside the image every position sees every other.
-A linear map of the last states gives the velocity. Later segments never see noise: the finished image is read again as
-codes.
+its latents, plus embeddings of its position and of the image's time. Inside the image every position attends to every
+other. A linear map of the last states gives the velocity. Later segments never see noise: the finished image is read
+again as codes.
 Does not depend on: templates, caches, how a tokenizer is trained.
 
 Shapes: M images, P patches of F values, Z latent channels, h w grid of latents, D width, B rows, L positions.

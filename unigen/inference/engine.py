@@ -205,7 +205,7 @@ class Engine(BaseEngine):
     def generate_joint(
         self, text: str | None = None, image: ImageSource | None = None, **options: OptionValue
     ) -> tuple[str, Image] | list[tuple[str, Image]]:
-        """See `InferenceEngine.generate_joint`. One generator writes both at once.
+        """See `InferenceEngine.generate_joint`. One generator generates both at once.
 
         A given text or image stays as the model reads it: the text in lower case and of limited length, the image as
         its codes. Without either, both are generated.
@@ -244,7 +244,7 @@ class Engine(BaseEngine):
             image: a path, a PIL image, or anything else that `unigen.media.images.read_image` takes.
             prompt: what the image shall show.
             mask: of the image's shape, white where to generate (`unigen.media.images.read_mask`).
-            variation: instead of a mask, the fraction in (0, 1] of the image, drawn at random, that is generated anew;
+            variation: instead of a mask, the fraction in (0, 1] of the image, drawn at random, that is regenerated;
                 the image is then cropped as the model reads it.
             seed: seed of the image and of the variation.
             **options: options of the generation.
@@ -269,7 +269,7 @@ class Engine(BaseEngine):
         """The options that keep the codes outside the mask, and a function that puts a generated image into the given
         one."""
         if (mask is None) == (variation is None):
-            raise ValueError("give a mask of what to paint anew, or a variation: the share of it drawn by lot")
+            raise ValueError("give a mask of the region to regenerate, or a variation: a random share of the image")
         if variation is not None:
             variation = VARIATION.check("variation", variation)
             image, mask = random_mask(self.model, image, variation, options.get("seed", 0))

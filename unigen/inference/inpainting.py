@@ -3,7 +3,7 @@
     options, composite = prepare_inpainting(model, image, mask, None, {"guidance": 3.0})
     inpainted = composite(engine.generate("a red hat", **options))
 
-A code is generated anew where the mask touches its pixels, or where the family's own rule says so. The generated image
+A code is regenerated where the mask touches its pixels, or where the family's own rule says so. The generated image
 is scaled to the original's size. Pixels that are not marked stay those of the original, without a reconstruction by
 the tokenizer.
 Does not depend on: how a generator keeps codes (`Generator.options` says whether it can), prompts.
@@ -58,7 +58,7 @@ def prepare_inpainting(
     rows, columns = (np.arange(n) * len(mask_HW) // n for n in grid)
     cells_hw = model.template.mask_to_cells(crop_mask, model.image_tokenizer.image_size, grid)
     if not cells_hw.any():
-        raise ValueError("the mask marks nothing: paint white what is to be made anew")
+        raise ValueError("the mask marks nothing: paint white the region to regenerate")
     codes_hw = model.encode_images(model.preprocess_images([crop]))[0].cpu()
     fixed_codes = torch.where(torch.from_numpy(cells_hw), -1, codes_hw)
     pixel = np.arange(len(mask_HW))
@@ -74,7 +74,7 @@ def prepare_inpainting(
 
 
 def square_crop_box(mask: Image.Image) -> tuple[int, int, int, int]:
-    """The square of an image that a model sees while it inpaints.
+    """The square of an image that is the model's input while it inpaints.
 
     It is as large as fits into the image, and as near to the middle of the marks as possible. Marks outside it have no
     effect.

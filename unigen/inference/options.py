@@ -32,17 +32,17 @@ class AnswerCount(OptionGroup):
 
 @dataclass(frozen=True)
 class RequestOptions(OptionGroup):
-    """What is asked of any model."""
+    """Options of every model."""
 
     outputs = DRAWING | WRITING
 
     seed: int = option(0, "same seed, same result", SEED)
-    "Of all that is drawn at random."
+    "Seed of all random numbers."
     size: tuple[int, int] | None = option(
-        None, "of pictures in pixels, where the model draws any", Size(), metavar="WxH", reported=False
+        None, "of pictures in pixels, for models of several sizes", Size(), metavar="WxH", reported=False
     )
     "Width and height in pixels; None is what the document says, or the model's own."
-    generator: str | None = option(None, "how pictures are written", Name())
+    generator: str | None = option(None, "how pictures are generated", Name())
     "Name of the generator of pictures; None is next-token, or the model's first."
 
 
@@ -91,18 +91,18 @@ class PromptOptions(OptionGroup):
 
 @dataclass(frozen=True)
 class VariationOptions(OptionGroup):
-    """A picture of which a part is made anew."""
+    """Regeneration of a random part of an image."""
 
     outputs = frozenset({"inpaint"})
 
     variation: float = option(
         0.5,
-        "paint this share of it, drawn by lot",
+        "share of the image to regenerate, at random positions",
         VARIATION,
         cli="--vary",
         reported=False,
     )
-    "Share of the codes that is drawn anew."
+    "Share of the codes that is sampled again."
 
 
 @cache

@@ -268,7 +268,7 @@ class InferenceEngine(Protocol):
 
         Args:
             image: a path, a PIL image, or anything else that `read_image` takes.
-            question: None asks for a caption.
+            question: None requests a caption.
             seed: seed of the answer.
             **options: options of the generation; n > 1 gives a list.
 
@@ -309,13 +309,13 @@ class InferenceEngine(Protocol):
         seed: int = 0,
         **options: OptionValue,
     ) -> Image | list[Image]:
-        """Generate a part of an image anew; the rest of it stays.
+        """Regenerate a part of an image; the rest of it stays.
 
         Args:
             image: a path, a PIL image, or anything else that `read_image` takes.
             prompt: what the image shall show.
             mask: of the image's size, white where to generate.
-            variation: instead of a mask, the fraction in (0, 1] of the image, drawn at random, that is generated anew.
+            variation: instead of a mask, the fraction in (0, 1] of the image, drawn at random, that is regenerated.
             seed: seed of the image and of the variation.
             **options: options of the generation.
 
@@ -352,7 +352,7 @@ class InferenceEngine(Protocol):
             The text and the image.
 
         Raises:
-            ValueError: in one line, for bad input, and where no generator writes both.
+            ValueError: in one line, for bad input, and where no generator generates both.
         """
         ...
 
@@ -441,7 +441,7 @@ class BatchedEngine(InferenceEngine, Protocol):
             candidates: number of answers that are generated, of which the best is kept.
             image: an image to be inpainted.
             mask: of the image's size, white where to generate.
-            variation: instead of a mask, the fraction in (0, 1] of the image that is generated anew.
+            variation: instead of a mask, the fraction in (0, 1] of the image that is regenerated.
             record: what to record beside ids and codes.
             **options: options of the generation.
 

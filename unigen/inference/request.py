@@ -65,7 +65,7 @@ class Request:
     grid: tuple[int, int]
     """Rows and columns of the codes of an image."""
     native_codes: list[torch.Tensor | None] = field(default_factory=list)
-    """Codes (P,) of each finished image; None where its generator writes codes of the model's image tokenizer."""
+    """Codes (P,) of each finished image; None where its generator generates codes of the model's image tokenizer."""
     record: Record = Record()
     """What to record beside ids and codes."""
     candidate_index: int = 0
@@ -212,7 +212,7 @@ def choose_generator(model: UnifiedModel, output: Output, given: Given) -> str:
     generator = given.get("generator", default_generator(model))
     if output == "joint" and generator not in model.template.text_lengths:
         capable_generators = " or ".join(model.template.text_lengths) or "none here does: train with generators.joint=1"
-        raise ValueError(f"a text and a picture at once need a generator that writes both ({capable_generators})")
+        raise ValueError(f"a text and a picture at once need a generator of both ({capable_generators})")
     if output not in model.template.outputs:
         raise ValueError(f"this model cannot answer with {output}: it can with {' or '.join(model.template.outputs)}")
     if generator not in model.generators or generator == "text":

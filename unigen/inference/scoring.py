@@ -124,7 +124,7 @@ def _encode(
     spans: list[InputSpan] = []
     targets: dict[str, object] = {}
     for name, generator in generators.items():
-        assert rng is not None, f"what {name} learns from is drawn"
+        assert rng is not None, f"the inputs of {name} are random: give rng"
         generator_spans, targets[name] = generator.prepare(model, batch, rng)
         spans += generator_spans
     return _EncodedBatch(batch, model.hidden_states(batch, spans), targets)
@@ -187,7 +187,7 @@ def score_document(model: UnifiedModel, document: Document, per_token: bool = Fa
         ValueError: the assistant has no segment.
     """
     if not any(segment.role == "assistant" for segment in document.segments):
-        raise ValueError("the assistant says nothing in this document: there is nothing to score")
+        raise ValueError("this document has no text or image of the assistant: there is nothing to score")
     tokens = model.template.encode(model.encode_document(document))
     batch = model.insert_image_ids(pack([[tokens]], len(tokens), model.image_tokenizer.image_size).to(model.device))
     side = _encode(model, batch, {}, None)

@@ -1,4 +1,4 @@
-"""Segments of an answer: how a sequence starts, what it writes next, and the pieces of it that can be streamed.
+"""Segments of an answer: how a sequence starts, what it generates next, and the pieces of it that can be streamed.
 
 Every segment has its own random generator, seeded by the request's seed and the segment's number. Does not depend on:
 batching, how any generator works.
@@ -185,7 +185,7 @@ def _image_length(model: UnifiedModel, request: Request) -> int:
 
 
 def _image_begin_ids(model: UnifiedModel) -> list[int]:
-    """Begin tokens of all generators. After any of them the request's generator writes the image."""
+    """Begin tokens of all generators. After any of them the request's generator generates the image."""
     return [id for name, id in model.template.begin_ids.items() if name in model.generators]
 
 

@@ -1,7 +1,7 @@
 """Reading pictures: the one place where files, bytes, PIL images, arrays and tensors become pictures and masks.
 
     read_image("photo.jpg")                      # RGB, 8 bits, upright, transparency laid on white
-    read_mask("strokes.png")                     # L, 255 where to paint: what is white and opaque
+    read_mask("strokes.png")                     # L, 255 where to regenerate: white and opaque pixels
     read_mask(data, transparent_is_edit=True)      # as OpenAI's API has it: what is transparent, where anything is
 
 A picture is read as a viewer shows it: turned as its EXIF says, more than 8 bits scaled down, in sRGB, its first frame.
@@ -94,7 +94,7 @@ def read_mask(
     max_pixels: int = MAX_PIXELS,
     formats: tuple[str, ...] | None = None,
 ) -> Image.Image:
-    """Read which pixels of a picture are to be painted anew.
+    """Read which pixels of an image are to be regenerated.
 
     White marks: a pixel of at least half the full brightness, its colour times its opacity. So transparent pixels of a
     layer that an editor exported mark nothing. In arrays True marks, and integers of 0 and 1 are such truth values.
@@ -108,7 +108,7 @@ def read_mask(
         formats: as of `read_image`.
 
     Returns:
-        A new image of mode L, 255 where to paint and 0 elsewhere.
+        A new image of mode L, 255 where to regenerate and 0 elsewhere.
 
     Raises:
         ImageError: as `read_image`, and for a mask that marks nothing or is a coloured picture with a transparent part,
@@ -124,13 +124,13 @@ def read_mask(
     coverage = rgb.convert("L")
     if alpha is not None:
         if _has_transparent_hole(rgb, alpha):
-            hint = "what is transparent marks nothing, paint white what is to be made anew"
+            hint = "transparent pixels mark nothing, paint white the region to regenerate"
             raise ImageError(f"{name} is a picture with a hole, and not a mask: {hint}")
         coverage = ImageChops.multiply(coverage, alpha)
     brightest = coverage.getextrema()[1]
     if brightest < 128:  # type: ignore[operator]
         limits_text = f"its brightest opaque pixel is {brightest} of 255, a mark is at least 128"
-        raise ImageError(f"{name} marks nothing: paint white what is to be made anew ({limits_text})")
+        raise ImageError(f"{name} marks nothing: paint white the region to regenerate ({limits_text})")
     return coverage.point(lambda value: 255 * (value >= 128))
 
 
@@ -235,7 +235,7 @@ def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
 
 
 def _exif_transpose(image: Image.Image) -> Image.Transpose | None:
-    """What makes the picture upright. Damaged EXIF says nothing."""
+    """What makes the picture upright. Damaged EXIF is ignored."""
     try:
         return EXIF_TRANSPOSES.get(image.getexif().get(ORIENTATION))  # type: ignore[arg-type]
     except Exception:
@@ -285,7 +285,7 @@ def _scale_transparency_key(image: Image.Image, tile: Any) -> Image.Image:
 
 
 def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
-    """The picture's colours by its ICC profile; a damaged profile, or one for other pictures, says nothing."""
+    """The picture's colours by its ICC profile; a damaged profile, or one for other images, is ignored."""
     try:
         source_profile = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if "sRGB" not in ImageCms.getProfileDescription(source_profile):

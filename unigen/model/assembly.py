@@ -52,7 +52,7 @@ def build_model(
         generator_names: the generators of pictures that the model has, trained or to be trained.
         heads: those of the generators that exist already, because they have weights or an image tokenizer of their own.
         begin_tokens: begin tokens that generators have already, by generator.
-        classes: names of the classes, where the model draws classes and not words.
+        classes: names of the classes, where the model generates images by class and not from text.
         factories: by name, functions that build generators when they are first used. The pictures of these generators
             take no positions.
 
@@ -134,7 +134,7 @@ def build_from_config(
         image_tokenizer: turns pictures into codes.
         generator_names: the generators of pictures.
         heads: those of them that exist already.
-        classes: names of the classes, where the model draws classes.
+        classes: names of the classes of a class-conditional model.
 
     Raises:
         ValueError: the parts do not fit each other.

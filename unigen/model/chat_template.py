@@ -3,10 +3,10 @@
     <s><user> two apples on a blue background<assistant><boi> 64 codes <eoi></s>
     <s><user><boi> 64 codes <eoi> how many apples?<assistant> two</s>
 
-A document is a chat. The loss is on what the assistant says. The pictures of a user's message precede its words, in
+A document is a chat. The loss is on the assistant's tokens. The pictures of a user's message precede its words, in
 whatever order they were given, since models were trained on that order. In the unconditional rendering, the second
 branch of guidance, every run of text is the one token <uncond> while the images stay: this is also what training uses
-where it drops captions. A model may draw classes instead of words:
+where it drops captions. A model may generate images by class instead of from text:
 
     <s><user><class:7><assistant><boi> 64 codes <eoi></s>
 
@@ -30,7 +30,7 @@ from unigen.options import DEFAULT_GENERATOR
 USER, ASSISTANT, BOI, EOI = "<user>", "<assistant>", "<boi>", "<eoi>"
 IMAGE, UNCOND, MASK = "<image>", "<uncond>", "<mask>"
 BEGIN_TOKENS = {DEFAULT_GENERATOR: BOI, "next-scale": "<boi:scale>", "masked": "<boi:masked>", "flow": "<boi:flow>"}
-"""The begin token of each generator, by which the backbone knows which generator writes the picture. Generators that
+"""The begin token of each generator, which tells the backbone the generator of the image. Generators that
 are not listed get a spare token."""
 SPARE_TOKENS = tuple(f"<spare:{i}>" for i in range(8))
 REQUIRED_TOKENS = (USER, ASSISTANT, EOI, IMAGE, UNCOND, MASK, *BEGIN_TOKENS.values())
@@ -52,7 +52,7 @@ CHAT_TEMPLATE = (
 
 
 def class_token(number: int) -> str:
-    """The special token of a class. The text tokenizer of a model that draws classes is trained with these."""
+    """The special token of a class. The text tokenizer of a class-conditional model is trained with these."""
     return f"<class:{number}>"
 
 
@@ -83,7 +83,7 @@ class ChatTemplate:
             tokenizer: the text tokenizer, with the special tokens.
             image_lengths: positions of a picture, by generator.
             begin_tokens: begin tokens that generators have already, by generator.
-            classes: names of the classes, where the model draws classes and not words.
+            classes: names of the classes, where the model generates images by class and not from text.
             text_lengths: how many of a picture's positions, the first, hold text, by generator.
 
         Raises:
@@ -112,25 +112,25 @@ class ChatTemplate:
             raise ValueError(
                 f"no begin token is left for {', '.join(new_names)}: the text tokenizer has "
                 f"{len(spare_tokens)} spare ones; "
-                f"teach fewer ways of writing, or begin with a new text tokenizer (leave init_from out)"
+                f"train fewer generators, or begin with a new text tokenizer (leave init_from out)"
             )
         begin_tokens |= dict(zip(new_names, spare_tokens, strict=False))
         self.begin_ids: dict[str, int] = {name: self.special_ids[begin_tokens[name]] for name in image_lengths}
 
     def encode(self, document: Document, *, uncond: bool = False, generator: str = DEFAULT_GENERATOR) -> Tokens:
-        """Lay out a whole chat for training. Its last turn is ended where the assistant speaks last.
+        """Lay out a whole chat for training. Its last turn is ended where it is the assistant's.
 
         Args:
             document: the chat.
             uncond: lay it out for the unconditional branch of guidance, without its words.
-            generator: writes the assistant's last picture. Where it is not DEFAULT_GENERATOR, the chat ends with that
-                picture, since nothing after it could attend to the picture as it was written.
+            generator: name of the generator of the assistant's last image. Where it is not DEFAULT_GENERATOR, the chat
+                ends with that image, since nothing after it could attend to the image as it was generated.
         """
         if generator != DEFAULT_GENERATOR:
             image_indices = [
                 i for i, s in enumerate(document.segments) if s.image is not None and s.role == "assistant"
             ]
-            assert image_indices, "no picture is written in this chat"
+            assert image_indices, "the chat has no image of the assistant"
             return self._dialogue(Document(document.segments[: image_indices[-1] + 1]), uncond, generator)
         tokens = self._dialogue(document, uncond)
         if document.segments[-1].role == "assistant":
@@ -155,7 +155,7 @@ class ChatTemplate:
         Args:
             document: the chat; the assistant may have begun its answer.
             output: not used.
-            branch: of guidance: 0 sees all, 1 pictures alone.
+            branch: guidance branch: 0 has the whole prompt, 1 the images alone.
         """
         tokens = self._dialogue(document, bool(branch))
         if document.segments[-1].role == "user":
@@ -204,7 +204,7 @@ class ChatTemplate:
             elif segment.label is not None:
                 tokens.add([self.special_ids[class_token(self.class_index(segment.label))]])
             elif self.classes:
-                raise ValueError(f"this model draws classes, not words: give {self.describe_classes()}")
+                raise ValueError(f"this model generates images by class, not from text: give {self.describe_classes()}")
             else:
                 tokens.add(self.text_ids(segment.text or ""), loss=has_loss)
             after_text = segment.image is None
@@ -231,7 +231,7 @@ class ChatTemplate:
             ValueError: there is no such class; the message names those there are.
         """
         if not self.classes:
-            raise ValueError("this model draws words, not classes: say what to draw in words")
+            raise ValueError("this model generates images from text, not by class: describe the image in words")
         if label in self.classes:
             return self.classes.index(str(label))
         number = int(label) if str(label).isdecimal() else -1

@@ -4,7 +4,7 @@
     hidden_BLD = backbone(inputs.embeds_BLD, ..., inputs.attend_until_BL)
 
 Ids are embedded by the backbone's table. An `InputSpan` replaces the embeddings of some positions, by features of a
-picture from a vision encoder or by vectors of a generator where it writes, or sets how far positions attend.
+picture from a vision encoder or by vectors of a generator in its images, or sets how far positions attend.
 Shapes: B rows, L positions, D width, N images, M images of one layout, P positions of an image, h x w codes.
 """
 
@@ -137,7 +137,7 @@ def attention_span(batch: Batch, generator: Generator) -> InputSpan | None:
 
     Args:
         batch: packed rows.
-        generator: writes the images.
+        generator: name of the generator of the images.
     """
     offsets = generator.attend_until()
     if offsets is None:

@@ -20,19 +20,19 @@ from unigen.options import DEFAULT_GENERATOR
 
 Output = Literal["image", "text", "interleaved", "joint"]
 OUTPUTS: tuple[Output, ...] = ("image", "text", "interleaved", "joint")
-"""The outputs that can be asked for."""
+"""The outputs that can be requested."""
 IMAGE_OUTPUTS: tuple[Output, ...] = ("image", "joint")
 """Outputs that are one picture; in "joint" it comes with a text."""
 
 
 class UnsupportedError(ValueError):
-    """The model cannot do what is asked for, whatever the prompt."""
+    """The model does not support the request, whatever the prompt."""
 
 
 def images_first(segments: Sequence[Segment]) -> list[Segment]:
     """The segments, with the pictures of each user message before its words, and else in their order.
 
-    For families that were trained on questions in this order. A message is all that the user says before the assistant
+    For families that were trained on questions in this order. A message is all content of the user before the assistant
     does.
     """
     ordered: list[Segment] = []
@@ -59,7 +59,7 @@ _QUESTION_START = re.compile(
 def is_question(text: str) -> bool:
     """Whether English words ask for words: "what is this", "Describe the image.", "a dog, right?".
 
-    A polite phrase counts as what it asks for: "can you make it red?" asks for a picture.
+    A polite phrase counts as the request in it: "can you make it red?" asks for a picture.
     """
     for sentence in re.split(r"(?<=[.!?？؟])\s+|\n", text):
         sentence_body = _POLITE_PREFIX.sub("", sentence.strip())
@@ -70,14 +70,14 @@ def is_question(text: str) -> bool:
 
 
 def default_output(document: Document, outputs: Sequence[Output]) -> Output:
-    """The output of an answer where none is asked for.
+    """The output of an answer where none is requested.
 
     It is text where the last message asks about a picture of the conversation. Else it is text and pictures as the
     model decides, else what the model can do.
 
     Args:
         document: the prompt.
-        outputs: what the model can be asked for.
+        outputs: the outputs of the model.
     """
     last: list[str] = []
     for role, message in groupby(document.segments, key=lambda segment: segment.role):
@@ -91,13 +91,13 @@ class Template(Protocol):
     """Lays documents out as ids, and reads ids as text; one per family."""
 
     outputs: tuple[Output, ...]
-    """The outputs that the model can be asked for."""
+    """The outputs of the model."""
     context_generator: str
     """The generator whose layout finished pictures have in a document."""
     text_lengths: dict[str, int]
     """Positions of text at the start of a picture's segment, by generator; only where there are some."""
     classes: tuple[str, ...]
-    """Names of the classes, where the model draws classes; empty where it draws words."""
+    """Names of the classes of a class-conditional model; empty for a text-conditional one."""
     stop_token_ids: tuple[int, ...]
     """Ids that end an answer."""
     variable_size: bool
@@ -133,9 +133,9 @@ class Template(Protocol):
         """Lay out a whole document for training.
 
         Args:
-            document: ends with what the assistant says or draws.
+            document: ends with the assistant's text or image.
             uncond: lay it out for the unconditional branch of guidance.
-            generator: writes the assistant's last picture.
+            generator: name of the generator of the assistant's last image.
         """
         ...
 
@@ -144,8 +144,8 @@ class Template(Protocol):
 
         Args:
             document: the prompt.
-            output: what is asked for.
-            branch: of guidance; 0 sees all.
+            output: the requested output.
+            branch: guidance branch; 0 has the whole prompt.
 
         Raises:
             ValueError: the model does not read such a document.
@@ -224,7 +224,7 @@ class PretrainedTemplate:
 
 
 class ImageOnlyTemplate(PretrainedTemplate):
-    """A base class for models that only draw. The codes of a picture follow the prompt, with no token between."""
+    """A base class for models that generate images only. The codes of an image directly follow the prompt."""
 
     outputs: tuple[Output, ...] = ("image",)
 
@@ -240,7 +240,7 @@ class ImageOnlyTemplate(PretrainedTemplate):
 
     def prompt(self, document: Document, *, output: Output, branch: int = 0) -> Tokens:
         """Lay out a prompt; see `Template.prompt`. Families define it."""
-        raise TypeError("a template of a model that draws defines prompt()")
+        raise TypeError("a template of a model that generates images defines prompt()")
 
     def encode(self, document: Document, *, uncond: bool = False, generator: str = DEFAULT_GENERATOR) -> Tokens:
         """Lay out a prompt and its picture for training; see `Template.encode`. The loss is on the picture."""
@@ -251,7 +251,7 @@ class ImageOnlyTemplate(PretrainedTemplate):
 
 
 class ClassTemplate(ImageOnlyTemplate):
-    """The template of models that draw classes: a prompt is the id of its class. The unconditional id follows those of
+    """The template of class-conditional models: a prompt is the id of its class. The unconditional id follows those of
     the classes.
     """
 
@@ -273,7 +273,9 @@ class ClassTemplate(ImageOnlyTemplate):
         count = len(self.classes)
         labels = [segment.label for segment in document.segments]
         if len(labels) != 1 or labels[0] is None:
-            raise ValueError(f"this model draws classes, not words: give one class from 0 to {count - 1}")
+            raise ValueError(
+                f"this model generates images by class, not from text: give one class from 0 to {count - 1}"
+            )
         if str(labels[0]) not in self.classes:
             raise ValueError(f"unknown class {labels[0]!r}: give a number from 0 to {count - 1}")
         tokens = Tokens()

@@ -70,7 +70,7 @@ class UnifiedModel(nn.Module):
             text_tokenizer: of transformers; None for models that read no words.
             image_tokenizer: encodes pictures as codes, and decodes them; frozen.
             template: lays documents out as ids.
-            generators: by name, with "text" where the model writes text.
+            generators: by name, with "text" where the model generates text.
             vision_encoder: encodes the pictures of prompts; None: their codes are read.
         """
         super().__init__()

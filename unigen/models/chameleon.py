@@ -112,8 +112,8 @@ class ChameleonTemplate(PretrainedTemplate):
 
         Args:
             document: the prompt.
-            output: what is asked for.
-            branch: of guidance: 0 sees all, 1 pictures alone, 2 nothing.
+            output: the requested output.
+            branch: guidance branch: 0 has the whole prompt, 1 the images alone, 2 nothing.
         """
         if branch:
             image_segments = [s for s in document.segments if s.image is not None and branch == 1]
@@ -128,7 +128,7 @@ class ChameleonTemplate(PretrainedTemplate):
         Args:
             document: the loss is on what the assistant says and draws.
             uncond: lay it out for the unconditional branch of guidance.
-            generator: the generator that writes the picture.
+            generator: name of the generator of the image.
         """
         segments = [s for s in document.segments if s.image is not None or not uncond]
         prompt = self._build_prompt(segments, add_turn_ends=not uncond)

@@ -1,4 +1,4 @@
-"""Emu3: one Llama over text and image codes, which writes pictures of any size (Wang et al. 2024, arXiv 2409.18869).
+"""Emu3: one Llama over text and image codes, which generates images of any size (Wang et al. 2024, arXiv 2409.18869).
 
     <bos>{words} masterpiece, film grained, best quality.<boi>{h}*{w}<img> (w codes <eol>) x h <eof><eoi>     a picture
     <bos>{negative prompt}<boi>{h}*{w}<img> ...                                           the unconditional branch
@@ -106,7 +106,7 @@ class Emu3Template(PretrainedTemplate):
         """Lay out a document up to where the model goes on; see `Template.prompt`.
 
         Raises:
-            UnsupportedError: a picture is asked for, and the prompt holds more than words.
+            UnsupportedError: an image is requested, and the prompt holds more than words.
         """
         if output == "image":
             return self._image_prompt(document.segments, bool(branch)).build()
@@ -120,7 +120,7 @@ class Emu3Template(PretrainedTemplate):
             document: where it ends in a picture of the assistant's, the loss is on that picture; else the document is
                 a chat, and the loss is on the assistant's answers.
             uncond: lay it out for the unconditional branch of guidance.
-            generator: the generator that writes the picture.
+            generator: name of the generator of the image.
         """
         last = document.segments[-1]
         if last.image is None or last.role != "assistant":
@@ -131,7 +131,9 @@ class Emu3Template(PretrainedTemplate):
     def _image_prompt(self, segments: Sequence[Segment], uncond: bool) -> text.PromptBuilder:
         """The words of a picture with the quality suffix, or the negative prompt."""
         if any(segment.text is None for segment in segments):
-            raise UnsupportedError("emu3 draws from words alone: leave pictures and classes out, or ask for text")
+            raise UnsupportedError(
+                "emu3 generates images from text alone: leave pictures and classes out, or ask for text"
+            )
         prompt = text.PromptBuilder(self.tokenizer, self.special_tokens).add_ids([self.tokenizer.bos_token_id])
         words = " ".join((segment.text or "").strip() for segment in segments)
         return (

@@ -64,7 +64,7 @@ DEFAULT_SAMPLING = {"guidance": 5.0, "temperature": 1.0}
 
 
 class JanusTemplate(PretrainedTemplate):
-    """Lays out a dialogue, whose pictures are read as features, or the words that a picture is drawn from."""
+    """Lays out a dialogue, whose pictures are read as features, or the prompt of an image."""
 
     supports_system = True
 
@@ -79,7 +79,7 @@ class JanusTemplate(PretrainedTemplate):
         Args:
             tokenizer: the text tokenizer, with the special tokens.
             num_features: positions of a picture that is read.
-            num_codes: positions of a picture that is drawn.
+            num_codes: positions of a generated image.
             roles: names of the user and the assistant.
 
         Raises:
@@ -117,7 +117,7 @@ class JanusTemplate(PretrainedTemplate):
         """Lay out a document up to where the model goes on. Guidance's other branch is padding after the first id.
 
         Raises:
-            UnsupportedError: a picture is asked for, and the prompt holds a picture.
+            UnsupportedError: an image is requested, and the prompt holds a picture.
         """
         is_image = output == "image"
         prompt = self._dialogue(document.segments, system="" if is_image else SYSTEM, allow_images=not is_image)
@@ -132,7 +132,7 @@ class JanusTemplate(PretrainedTemplate):
         Args:
             document: ends in a picture of the assistant's; the loss is on that picture.
             uncond: lay it out for the unconditional branch of guidance.
-            generator: the generator that writes the picture.
+            generator: name of the generator of the image.
 
         Raises:
             ValueError: the document does not end in such a picture.
@@ -166,7 +166,7 @@ class JanusTemplate(PretrainedTemplate):
             if segment.image is not None:
                 if not allow_images:
                     raise UnsupportedError(
-                        "janus draws from words alone: leave the picture out, or ask for text about it"
+                        "janus generates images from text alone: leave the picture out, or ask for text about it"
                     )
                 prompt.add_template_text(BOI)
                 prompt.add_image(segment.image, self.num_features, handler=JanusVisionEncoder.name).add_template_text(

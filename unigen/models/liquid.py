@@ -55,7 +55,7 @@ _SEGMENT_PLACEHOLDER = re.compile("\ue000(\\d+)\ue001")
 
 
 class LiquidTemplate(PretrainedTemplate):
-    """Lays out the words that a picture is drawn from, or a chat of words and pictures by the tokenizer's chat
+    """Lays out the prompt of an image, or a chat of words and pictures by the tokenizer's chat
     template."""
 
     supports_system = True
@@ -102,7 +102,7 @@ class LiquidTemplate(PretrainedTemplate):
         """Lay out a document up to where the model goes on; see `Template.prompt`.
 
         Raises:
-            UnsupportedError: a picture is asked for, and the prompt holds more than words.
+            UnsupportedError: an image is requested, and the prompt holds more than words.
         """
         if output == "image":
             return self._image_prompt(document.segments, bool(branch)).build()
@@ -115,7 +115,7 @@ class LiquidTemplate(PretrainedTemplate):
             document: where it ends in a picture of the assistant's, the loss is on that picture; else the document is
                 a chat, and the loss is on the assistant's answers.
             uncond: lay it out for the unconditional branch of guidance.
-            generator: the generator that writes the picture.
+            generator: name of the generator of the image.
         """
         last = document.segments[-1]
         if last.image is None or last.role != "assistant":
@@ -130,9 +130,11 @@ class LiquidTemplate(PretrainedTemplate):
     def _image_prompt(self, segments: Sequence[Segment], uncond: bool) -> text.PromptBuilder:
         """The words of a picture with the instruction, or the unconditional token."""
         if any(segment.image is not None for segment in segments):
-            raise UnsupportedError("liquid draws from words alone: leave the picture out, or ask for text about it")
+            raise UnsupportedError(
+                "liquid generates images from text alone: leave the picture out, or ask for text about it"
+            )
         if any(segment.label is not None for segment in segments):
-            raise ValueError("liquid draws words, not classes: say what to draw in words")
+            raise ValueError("liquid generates images from text, not by class: describe the image in words")
         bos = self.tokenizer.bos_token_id
         prompt = text.PromptBuilder(self.tokenizer).add_ids([] if bos is None else [bos])  # Qwen's has none
         if uncond:
@@ -174,7 +176,7 @@ class LiquidTemplate(PretrainedTemplate):
             if segment.image is not None:
                 prompt.add_template_text(BOI).add_image(segment.image, self.image_length).add_template_text(EOI)
             elif segment.label is not None:
-                raise ValueError("liquid draws words, not classes: say it in words")
+                raise ValueError("liquid takes text, not classes: describe it in words")
             else:
                 prompt.add_user_text((segment.text or "").strip(), loss=has_loss)
         return prompt

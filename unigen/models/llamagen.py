@@ -1,4 +1,4 @@
-"""LlamaGen: a Llama that draws classes or words, code after code (Sun et al. 2024, arXiv 2406.06525).
+"""LlamaGen: a Llama that generates images by class or from text, code after code (Sun et al. 2024, arXiv 2406.06525).
 
     {class} 256 codes            a picture;        {1000} 256 codes                the unconditional branch
     {words}</s> 1024 codes       a picture;        the last of 120 vectors, as many as the pieces, 1024 codes
@@ -104,9 +104,9 @@ class TextTemplate(ImageOnlyTemplate):
             ValueError: it holds a class, or its words are too long.
         """
         if any(segment.image is not None for segment in document.segments):
-            raise UnsupportedError("llamagen draws from words alone: leave the picture out")
+            raise UnsupportedError("llamagen generates images from text alone: leave the picture out")
         if any(segment.label is not None for segment in document.segments):
-            raise ValueError("this model draws words, not classes: say what to draw in words")
+            raise ValueError("this model generates images from text, not by class: describe the image in words")
         caption = clean_caption(" ".join((segment.text or "").strip() for segment in document.segments))
         tokens = text.PromptBuilder(self.tokenizer).add_user_text(caption).add_ids([self.eos_id]).build()
         if len(tokens) > self.max_prompt_length:
@@ -247,14 +247,14 @@ class _Checkpoint:
     """The contents of a folder in either layout."""
 
     kind: str
-    """Whether the model draws classes, "c2i", or words, "t2i"."""
+    """Whether the model is class-conditional, "c2i", or text-conditional, "t2i"."""
     config: LlamaConfig
     """The config of the language model; `config.t5` is that of the text encoder."""
     state: dict[str, Tensor]
     """Tensors of the backbone by their names here."""
     image_tokenizer: ImageTokenizer
     text_folder: Path
-    """The folder with the text tokenizer of a model that draws words."""
+    """The folder with the text tokenizer of a text-conditional model."""
 
 
 def load(folder: Path, dtype: torch.dtype | None, variant: str | None = None) -> UnifiedModel:

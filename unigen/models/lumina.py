@@ -14,7 +14,7 @@ folders lack the encoder of pictures, and their norms of queries and keys have r
 
     norm of head i = row floor(i r / heads)
 
-Pictures are read and drawn by Chameleon's VQGAN, looked for as in Liquid. The official code draws text by its 10
+Images are encoded and decoded by Chameleon's VQGAN, looked for as in Liquid. The official code draws text by its 10
 likeliest pieces, here as in all families. Public weights: not run here.
 """
 
@@ -137,7 +137,7 @@ class LuminaTemplate(ChameleonTemplate):
             document: where it ends in a picture of the assistant's, the loss is on that picture; else the document is
                 a chat, and the loss is on the assistant's answers.
             uncond: lay it out for the unconditional branch of guidance.
-            generator: the generator that writes the picture.
+            generator: name of the generator of the image.
         """
         *prompt_segments, last = document.segments
         if uncond:

@@ -52,7 +52,7 @@ MAX_PROMPT_LEN = 129
 """The most ids of a prompt for a picture; longer ones are truncated, as in training."""
 STEPS, CHOICE_TEMPERATURE = 50, 1.0
 DEFAULT_SAMPLING = {"guidance": 6.0, "temperature": 1.0}
-VLLM_UNSUPPORTED = "it writes pictures by masked prediction, not one code after another"
+VLLM_UNSUPPORTED = "it generates images by masked prediction, not one code after another"
 WEIGHT_PREFIX = "showo."
 
 
@@ -177,7 +177,7 @@ class ShowoTemplate(PretrainedTemplate):
         Args:
             document: ends in a picture of the assistant's; the loss is on that picture.
             uncond: lay it out for the unconditional branch of guidance.
-            generator: the generator that writes the picture.
+            generator: name of the generator of the image.
 
         Raises:
             ValueError: the document does not end in such a picture.
@@ -194,7 +194,9 @@ class ShowoTemplate(PretrainedTemplate):
     def _image_prompt(self, segments: Sequence[Segment], uncond: bool) -> Tokens:
         """The words of a picture, truncated to `MAX_PROMPT_LEN` ids; none where `uncond`."""
         if any(segment.text is None for segment in segments):
-            raise UnsupportedError("showo draws from words alone: leave pictures and classes out, or ask for text")
+            raise UnsupportedError(
+                "showo generates images from text alone: leave pictures and classes out, or ask for text"
+            )
         words = "" if uncond else " ".join((segment.text or "").strip() for segment in segments)
         prompt = text.PromptBuilder(self.tokenizer, self.special_ids).add_ids(
             [self.special_ids[T2I], self.tokenizer.bos_token_id]

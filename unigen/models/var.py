@@ -1,4 +1,4 @@
-"""VAR: classes drawn scale by scale (Tian et al. 2024, arXiv 2404.02905), every depth, 256 and 512 pixels.
+"""VAR: class-conditional images, scale by scale (Tian et al. 2024, arXiv 2404.02905), every depth, 256 and 512 pixels.
 
     {class} 4 9 16 ... 256 codes        a picture;        {1000} ...        the unconditional branch
 
@@ -43,7 +43,7 @@ LAYER_NORM_EPS = 1e-6
 MAX_LOG_SCALE = math.log(100)
 TOKENIZER_FILE = "vae_ch160v4096z32.pth"
 DEFAULT_SAMPLING = {"guidance": 5.0, "temperature": 1.0, "top_k": 900, "top_p": 0.96}
-VLLM_UNSUPPORTED = "it writes pictures scale by scale, not one code after another"
+VLLM_UNSUPPORTED = "it generates images scale by scale, not one code after another"
 MULTI_MODEL_REPOS = {
     "FoundationVision/var": {f"var_d{depth}": (f"var_d{depth}.pth", TOKENIZER_FILE) for depth in (16, 20, 24, 30, 36)}
 }

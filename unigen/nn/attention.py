@@ -1,7 +1,7 @@
 """Attention masks from positions alone, and the attention function that transformers' models call.
 
-A query sees every earlier position, and those after it up to `attend_until`: itself in text (causal), the last position
-of the image where all of an image is written at once, the last of its scale in next-scale prediction.
+A query attends to every earlier position, and those after it up to `attend_until`: itself in text (causal), the last
+position of the image where an image is generated as a whole, the last of its scale in next-scale prediction.
 
 Shapes: B rows, Q queries, L positions, H query heads, K key heads, E head width. A mask is bool (B, 1, Q, L), True
 where query q may see key l.
@@ -22,11 +22,11 @@ from unigen.nn.cpu.attention import single_query_attention
 
 
 def packed_mask(segments_BL: Tensor, attend_until_BL: Tensor | None = None) -> Tensor:
-    """The mask of packed rows: each position sees its own document up to `attend_until`, and no other document.
+    """The mask of packed rows: each position attends to its own document up to `attend_until`, and no other document.
 
     Args:
-        segments_BL: the document of each position, from 1; 0 is padding, which sees only itself.
-        attend_until_BL: the last position of its row that each position sees; None is causal.
+        segments_BL: the document of each position, from 1; 0 is padding, which attends only to itself.
+        attend_until_BL: the last position of its row that each position attends to; None is causal.
 
     Returns:
         A mask (B, 1, L, L).
@@ -46,7 +46,7 @@ def cached_mask(lengths_B: Tensor, queries: int, keys: int, attend_until_BQ: Ten
         lengths_B: int64 on the CPU, the cached positions of each row before this step.
         queries: positions of the step.
         keys: the length of the cache as it is read.
-        attend_until_BQ: the last of the step's positions that each query sees; None is up to itself.
+        attend_until_BQ: the last of the step's positions that each query attends to; None is up to itself.
 
     Returns:
         A mask (B, 1, Q, keys) on the CPU.

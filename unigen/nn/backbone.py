@@ -98,7 +98,7 @@ class Backbone(nn.Module):
             embeds_BLD: embeddings of the rows.
             positions_BL: each position in its document, from 0.
             segments_BL: the document of each position, from 1; 0 is padding.
-            attend_until_BL: the last position of its row that each position sees; None is causal.
+            attend_until_BL: the last position of its row that each position attends to; None is causal.
 
         Returns:
             Hidden states (B, L, D) after the last norm.

@@ -209,7 +209,7 @@ class SlotCache:
         Args:
             slots: the slot of each row.
             queries: positions L of each row.
-            attend_until_BQ: the last of the step's positions that each of them sees; None is causal.
+            attend_until_BQ: the last of the step's positions that each of them attends to; None is causal.
 
         Returns:
             The positions (B, L) and the mask (B, 1, L, keys).

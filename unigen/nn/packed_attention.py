@@ -33,7 +33,7 @@ def pack_documents(segments_BL: Tensor, attend_until_BL: Tensor | None = None) -
 
     Args:
         segments_BL: the document of each position, from 1; 0 is padding.
-        attend_until_BL: the last position of its row that each position sees; None is causal.
+        attend_until_BL: the last position of its row that each position attends to; None is causal.
 
     Returns:
         The prepared documents, used by all layers.
@@ -50,11 +50,11 @@ class DocumentGroups:
 
     A mask over whole rows computes B L^2 scores and discards most of them: with documents of 90 positions in rows of
     640 that is seven times the work. A group's shorter documents are padded at their end with copies of their last
-    position, which no real query sees. Padding attends to nothing and gives zeros.
+    position, to which no real query attends. Padding attends to nothing and gives zeros.
 
     Args:
         segments_BL: the document of each position, from 1; 0 is padding.
-        attend_until_BL: the last position of its row that each position sees; None is causal.
+        attend_until_BL: the last position of its row that each position attends to; None is causal.
         max_padding: the fraction of a group's longest document by which others may be shorter.
     """
 
@@ -130,7 +130,7 @@ class MaskedDocuments:
 
     Args:
         segments_BL: the document of each position, from 1; 0 is padding.
-        attend_until_BL: the last position of its row that each position sees; None is causal.
+        attend_until_BL: the last position of its row that each position attends to; None is causal.
     """
 
     def __init__(self, segments_BL: Tensor, attend_until_BL: Tensor | None = None) -> None:
@@ -144,12 +144,12 @@ class MaskedDocuments:
 
 
 class FlexDocuments:
-    """Packed rows with FlexAttention, which computes only blocks in which a query sees a key. Padding attends only to
-    itself. FlexAttention has no dropout of attention weights: with dropout `MaskedDocuments` is used.
+    """Packed rows with FlexAttention, which computes only blocks in which a query attends to a key. Padding attends
+    only to itself. FlexAttention has no dropout of attention weights: with dropout `MaskedDocuments` is used.
 
     Args:
         segments_BL: the document of each position, from 1; 0 is padding.
-        attend_until_BL: the last position of its row that each position sees; None is causal.
+        attend_until_BL: the last position of its row that each position attends to; None is causal.
     """
 
     def __init__(self, segments_BL: Tensor, attend_until_BL: Tensor | None = None) -> None:
@@ -185,10 +185,10 @@ def document_mask(
 
     Args:
         segments_BL: the document of each position, from 1; 0 is padding.
-        attend_until_BL: the last position of its row that each position sees; None is causal.
+        attend_until_BL: the last position of its row that each position attends to; None is causal.
 
     Returns:
-        A function (row, head, query, key) -> bool, True where the query sees the key.
+        A function (row, head, query, key) -> bool, True where the query attends to the key.
     """
     if attend_until_BL is None:
         attend_until_BL = torch.arange(segments_BL.shape[1], device=segments_BL.device).expand_as(segments_BL)

@@ -52,26 +52,26 @@ class GuidanceOptions(OptionGroup):
 
 @dataclass(frozen=True)
 class CodeSampling(OptionGroup):
-    """How the codes of pictures are drawn."""
+    """How the codes of images are sampled."""
 
     temperature: float = option(0.8, TEMPERATURE_HELP, TEMPERATURE)
     "By which logits are divided; 0 is greedy."
     top_k: int = option(0, TOP_K_HELP, TOP_K, off=0)
-    "Codes among which one is drawn; 0 is all."
+    "Number of likeliest codes to sample from; 0 is all."
     top_p: float = option(1.0, TOP_P_HELP, TOP_P, off=1)
     "Probability that these codes have together at least; 1 is off."
 
 
 @dataclass(frozen=True)
 class TextSampling(OptionGroup):
-    """How text is drawn."""
+    """How text is sampled."""
 
     outputs = WRITING
 
     temperature: float = option(0.0, TEMPERATURE_HELP, TEMPERATURE)
     "By which logits are divided; 0 is greedy."
     top_k: int = option(0, TOP_K_HELP, TOP_K, off=0)
-    "Ids among which one is drawn; 0 is all."
+    "Number of likeliest ids to sample from; 0 is all."
     top_p: float = option(1.0, TOP_P_HELP, TOP_P, off=1)
     "Probability that these ids have together at least; 1 is off."
     repetition_penalty: float = option(

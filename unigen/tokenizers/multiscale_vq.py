@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from unigen.tokenizers.quantize import QuantizerOutput, VectorQuantizer, channels_last, straight_through
 
 NUM_NEAREST = 16
-"""Number of codes next nearest to a vector of which a mistake is drawn."""
+"""Number of next nearest codes that a wrong code is sampled from."""
 
 
 class Phi(nn.Conv2d):

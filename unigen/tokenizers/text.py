@@ -357,7 +357,7 @@ class PromptBuilder:
             image: pixels or codes.
             length: positions that it takes.
             loss: whether the model learns to predict it.
-            handler: the generator that writes it, or the reader that reads it.
+            handler: the generator of the image, or the reader of it.
 
         Returns:
             The builder.

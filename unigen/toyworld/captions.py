@@ -113,7 +113,7 @@ def compare_facts(predicted: Facts, target: Facts) -> dict[str, bool]:
 
 
 def noun_form(name: str, count: int = 1) -> str:
-    """The noun in the number that the count asks for."""
+    """The noun, singular or plural by the count."""
     return singular(name) if count == 1 else plural(name)
 
 
@@ -333,7 +333,8 @@ def parse_caption(text: str) -> Facts:
 
 
 def scene_from_facts(facts: Facts, rng: np.random.Generator, size: int = 64) -> Scene:
-    """A scene that satisfies the facts: the oracle of the evaluation. Unsaid: background by lot, natural colours.
+    """A scene that satisfies the facts: the oracle of the evaluation. Where the facts do not give them, the
+    background is random and colours are natural.
 
     ValueError for no object or more than four. A relation is honoured between single objects only."""
     related = facts.relation is not None and len(facts.groups) >= 2 and facts.groups[0][2] == facts.groups[1][2] == 1

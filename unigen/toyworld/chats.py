@@ -3,7 +3,7 @@
     chats = ChatSampler(SceneRenderer(64), mixture={"draw": 0.5, "describe": 0.5})
     document, kind = chats(np.random.default_rng(0))
 
-Knows what is asked and answered. Does not depend on: ids, templates, models.
+Knows questions and answers. Does not depend on: ids, templates, models.
 """
 
 from __future__ import annotations

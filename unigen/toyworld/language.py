@@ -237,7 +237,7 @@ def position_questions(scene: Scene, rng: np.random.Generator) -> list[QAPair]:
 
 
 def sample_edit(scene: Scene, rng: np.random.Generator, kind: str | None = None, held_out: bool | None = False) -> Edit:
-    """One edit of the scene; all other objects stay where they are. `kind` is by lot when None, and replaced by
+    """One edit of the scene; all other objects stay where they are. `kind` is random when None, and replaced by
     another where the scene does not allow it. With held_out=False an edit of a training scene yields a training scene.
     """
     if kind is not None and kind not in EDITS:

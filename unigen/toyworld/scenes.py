@@ -1,4 +1,4 @@
-"""The rendered world: scenes drawn by lot, the rule of relations, and the held-out split. Also re-exports
+"""The rendered world: randomly sampled scenes, the rule of relations, and the held-out split. Also re-exports
 `SceneRenderer` and the names.
 
 Needs numpy and PIL only, and no font until a `SceneRenderer` is made. Does not depend on: language (`language.py`),

@@ -12,7 +12,7 @@ losses of a mixture, which draw the model back towards true pictures, and - log 
 from becoming unlikely together (as in RPO, Pang et al. 2024, arXiv 2404.19733, eq. 2).
 
 A line of a judged file has a prompt (`Document.to_json`), its answers (`Segment.to_json`), which of them are correct,
-and for pictures the generator that they are learnt as, next-token if none is named. Pictures are codes of the model's
+and for pictures the generator that they are trained for, next-token if none is named. Pictures are codes of the model's
 image tokenizer, or for next-scale its own codes in a row; except for next-token and the like they may be pixels. The
 keys of version 0.1, "right" for "correct" and "writer" for "generator", are read, too:
 
@@ -92,7 +92,7 @@ class JudgedAnswers(NamedTuple):
     incorrect: list[Document]
     """Chats whose answer is wrong."""
     generator: str
-    """Name of the generator that answers which are images are learnt as."""
+    """Name of the generator that answers which are images are trained for."""
 
 
 class PreferencePair(NamedTuple):
@@ -103,7 +103,7 @@ class PreferencePair(NamedTuple):
     rejected: Document
     """The chat whose answer is wrong."""
     generator: str = DEFAULT_GENERATOR
-    """Name of the generator that answers which are images are learnt as."""
+    """Name of the generator that answers which are images are trained for."""
 
 
 def read_pairs(

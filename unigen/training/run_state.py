@@ -225,7 +225,7 @@ class RunFolder:
         except ValueError as error:
             reason = str(error)
         if self.is_main:
-            print(f"{reason}; it is written anew, and the run goes on from its checkpoint", flush=True)
+            print(f"{reason}; it is written again, and the run continues from its checkpoint", flush=True)
         return {}
 
     def _load(self, checkpoint: dict[str, Any], changes: Sequence[str]) -> None:

@@ -92,7 +92,7 @@ class WorkerError:
 
 
 class _SampleStream(torch.utils.data.Dataset[object]):
-    """Maps positions of the stream to items, in order or shuffled anew in each epoch."""
+    """Maps positions of the stream to items, in order, or shuffled again in each epoch."""
 
     def __init__(self, dataset: Any, seed: int, shuffle: bool) -> None:
         self.dataset, self.seed = dataset, seed

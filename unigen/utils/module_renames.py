@@ -1,4 +1,4 @@
-"""Old names of modules: who imports one is told the new name."""
+"""Old names of modules: the error of an import names the new one."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ MODULE_RENAMES = {
 
 
 class OldNameFinder:
-    """A finder that Python asks for modules: it names the new one in the error."""
+    """A finder of `sys.meta_path` that refuses old names; the error has the new one."""
 
     @staticmethod
     def find_spec(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> None:
@@ -70,6 +70,6 @@ class OldNameFinder:
 
 
 def install() -> None:
-    """Tell who imports an old name the new one."""
+    """Make imports of an old name fail with the new name in the error."""
     if OldNameFinder not in sys.meta_path:
         sys.meta_path.insert(0, OldNameFinder)  # type: ignore[arg-type]

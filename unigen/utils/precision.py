@@ -121,7 +121,7 @@ def stored_dtype(folder: Path) -> str | None:
         ]
         return next((dtype for dtype in dtypes if dtype in DTYPES), None)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, MemoryError, OverflowError):
-        return None  # whoever reads the weights says what is wrong with them
+        return None  # the reader of the weights raises the error
 
 
 def available_memory() -> int | None:

@@ -1,4 +1,4 @@
-"""Task `digits`: does a model that draws handwritten digits draw those that it is asked for?
+"""Task `digits`: does a class-conditional model of handwritten digits generate the requested ones?
 
     unigen eval digits --model runs/digits/model [--generator flow] [--images 40] [--json FILE] [--out FOLDER]
 
@@ -64,7 +64,7 @@ class DigitsTask(GenerationTask[Image.Image]):
         return [Example(i, name, {"label": i}) for i, name in enumerate(digits.NAMES)]
 
     def score_batch(self, examples: Sequence[Example], outputs: Sequence[Image.Image]) -> list[Scores]:
-        """See `GenerationTask.score_batch`: "correct" is 1 where the classifier reads the class that was asked for."""
+        """See `GenerationTask.score_batch`: "correct" is 1 where the classifier predicts the requested class."""
         predictions = self.classifier.predict(np.stack([digits.to_digit(image).ravel() for image in outputs]))
         pairs = zip(examples, predictions, strict=True)
         return [{"correct": float(label == example.metadata["label"])} for example, label in pairs]

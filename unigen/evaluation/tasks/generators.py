@@ -1,4 +1,4 @@
-"""Task `generators`: all ways in which a model writes pictures, side by side on the same prompts.
+"""Task `generators`: all generators of a model, side by side on the same prompts.
 
     unigen eval generators --model M [--quick] [--json FILE] [--out FOLDER]
 
@@ -6,7 +6,7 @@ For each: the overall score of task `scenes`; FID (Heusel et al. 2017) and KID (
 pictures of the same prompts, on the scene detector's own features, so that they compare here only; seconds a picture
 alone and in a batch of 16; and the evaluations of the backbone and of a flow's velocity for one picture. True pictures
 of another seed, and those through the codes, say what FID and KID there can be. --out writes a grid, a row for each
-way. Needs the emoji font. Does not depend on: how anything is written."""
+generator. Needs the emoji font. Does not depend on: how anything is generated."""
 
 from __future__ import annotations
 

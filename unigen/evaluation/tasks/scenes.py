@@ -2,11 +2,11 @@
 detector.
 
     unigen eval scenes --model unigen-tiny --generator next-token [--quick] [--json FILE] [--out FOLDER]
-    unigen eval scenes --oracle                       # only this rung of the ladder; no model is needed
+    unigen eval scenes --oracle                       # the oracle baseline alone; no model is needed
 
 Prompts are in the words of the captions, drawn from the world by seed, with 30% held-out combinations (of objects, of
 object and colour, of object and count) and a background in 25% of the prompts (50% of single objects). Beside the
-model's score stands the ladder: true pictures of the same prompts, their reconstructions by the model's tokenizer,
+model's score stand the baselines: true pictures of the same prompts, their reconstructions by the model's tokenizer,
 the training pictures with the nearest captions, the model's pictures under other prompts, and what is found in noise
 and blends. Only the true pictures need the emoji font. Does not depend on: engines beyond `generate_batch`."""
 
@@ -69,7 +69,7 @@ def geneval_spec(tag: str, facts: Facts) -> geneval.Specification:
 
 
 def _sample_request(tag: str, rng: np.random.Generator, index: int) -> tuple[tuple[Group, ...], str | None]:
-    """What one prompt asks for: its groups, and the relation of the first to the second."""
+    """The content of one prompt: its groups, and the relation of the first to the second."""
     names = list(OBJECT_EMOJI)
     a, b = (names[int(k)] for k in rng.choice(len(names), 2, replace=False))
 
@@ -157,9 +157,9 @@ class ScenesTask(GenerationTask[Image.Image]):
         """See `EvaluationTask.add_arguments`: sizes, candidates, and which baselines are wanted."""
         add_size_arguments(parser)
         parser.add_argument(
-            "--candidates", type=CANDIDATES.parse, help="draw so many for each, keep the best as it reads"
+            "--candidates", type=CANDIDATES.parse, help="generate so many for each, keep the best by its own reading"
         )
-        group = parser.add_argument_group("the ladder (without any of these flags: the model and the whole ladder)")
+        group = parser.add_argument_group("baselines (without any of these flags: the model and all baselines)")
         group.add_argument("--oracle", action="store_true", help="only true pictures of the prompts; needs no model")
         group.add_argument("--reconstructions", action="store_true", help="only true pictures through the tokenizer")
         group.add_argument("--nearest", action="store_true", help="only training pictures with the nearest captions")
@@ -194,7 +194,7 @@ class ScenesTask(GenerationTask[Image.Image]):
         """Score what was found in an image of an example.
 
         Args:
-            example: what was asked for.
+            example: the example of the output.
             detections: what the detector found.
 
         Returns:
@@ -267,7 +267,7 @@ def summarize_scores(examples: Sequence[Example], scores: Sequence[Sequence[Scor
     """The means of all scores.
 
     Args:
-        examples: what was asked for.
+        examples: the examples of the outputs.
         scores: of the images of each example.
         seed: of the intervals.
 

@@ -186,7 +186,7 @@ def summarize_scores(
     """Means of captions and questions of plain and of held-out scenes, of each attribute, each kind of question.
 
     Args:
-        examples: what was asked for.
+        examples: the examples of the outputs.
         scores: of the output of each.
         seed: of the intervals.
 

@@ -19,4 +19,4 @@ class Inpainting(OptionGroup):
     fixed_codes: Tensor | None = option(
         None, "codes that stay, -1 where to write", OptionType(), cli="", http="", reported=False
     )
-    "Codes (h, w) of the model's image tokenizer, -1 where the generator writes."
+    "Codes (h, w) of the model's image tokenizer, -1 where the generator samples."
