@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
+from PIL import Image
 from starlette.exceptions import HTTPException
 
 from tests.serving.test_fuzz import FakeImageEngine
@@ -21,6 +23,7 @@ from unigen.serving.config import RequestLimits, ServerConfig
 from unigen.serving.errors import error_body
 from unigen.serving.form import parse_form_fields
 from unigen.serving.middleware import GuardMiddleware
+from unigen.serving.pictures import encode_image
 from unigen.serving.protocol import MAX_STOP_LENGTH, EditRequest
 
 
@@ -713,3 +716,41 @@ def test_unread_answer_closes_the_connection(monkeypatch: pytest.MonkeyPatch, re
 
     got = asyncio.run(asyncio.wait_for(attack(), 60))
     assert (got > size) == reads
+
+
+# ---------------------------------------------------------------- old names
+
+
+@pytest.mark.parametrize(
+    ("path", "old", "new"),
+    [
+        ("generations", {"sampler": "heun"}, {"solver": "heun"}),
+        ("generations", {"sampler": "heun", "stream": True}, {"solver": "heun", "stream": True}),
+        ("generations", {"sampler": "heun", "model": "none"}, {"solver": "heun", "model": "none"}),
+        ("edits", {"negative": "red"}, {"negative_prompt": "red"}),
+        ("edits", {"negative": "red", "stream": "true"}, {"negative_prompt": "red", "stream": "true"}),
+        ("variations", {"vary": "0.25"}, {"variation": "0.25"}),
+        ("chat", {"guidance_kind": "apg"}, {"guider": "apg"}),
+        ("responses", {"sampler": "heun", "stream": True}, {"solver": "heun", "stream": True}),
+    ],
+)
+def test_old_names_are_deprecated(path: str, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Responses to them say since when, whole or streamed, answers or errors; those to new names do not."""
+    file = {"image": ("a.png", encode_image(Image.new("RGB", (4, 4))))}
+
+    def ask(options: dict[str, Any]) -> httpx.Response:
+        if path == "chat":
+            body = {"model": "m", "messages": [{"role": "user", "content": "a"}], **options}
+            return send(server, "POST", "/v1/chat/completions", json=body)
+        if path == "responses":
+            return send(server, "POST", "/v1/responses", json={"model": "m", "input": "a", **options})
+        if path == "generations":
+            return send(server, "POST", "/v1/images/generations", json={"prompt": "a", **options})
+        text = {"prompt": "a"} if path == "edits" else {}
+        return send(server, "POST", f"/v1/images/{path}", files=file, data=text | options)
+
+    _, server = app()
+    answers = [ask(options) for options in (old, new, old)]
+    assert {answer.status_code for answer in answers} == {404 if "model" in old else 200}, answers[0].text
+    assert [answer.headers.get("deprecation") for answer in answers] == ["@1795996800", None, "@1795996800"]
+    assert datetime.fromtimestamp(1795996800, UTC) == datetime(2026, 11, 30, tzinfo=UTC)

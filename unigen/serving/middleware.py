@@ -35,6 +35,9 @@ WEB_PREFIX = "/web/"
 """These paths, and the files of the page at /, need no key and have no rate limit."""
 MAX_TRACKED_CLIENTS = 10_000
 """Clients whose rates are remembered."""
+OLD_NAMES_DEPRECATION = b"@1795996800"
+"""The header `Deprecation` (RFC 9745) of responses to requests with old names of options: since 2026-11-30, in Unix
+seconds."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,8 @@ class GuardMiddleware:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+                if scope["state"].get("old_names"):
+                    message["headers"].append((b"deprecation", OLD_NAMES_DEPRECATION))
             await send(message)
 
         self.metrics.open_requests.inc()

@@ -16,7 +16,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model,
 
 from unigen.inference.options import AnswerCount, AnswerLimits, Previews, RequestOptions, VariationOptions
 from unigen.option_groups import collect
-from unigen.options import DRAWING, RENAMED, GroupType, Option, groups_for, merge_declared
+from unigen.options import DRAWING, GroupType, Option, groups_for, merge_declared
+from unigen.serving.old_names import OldNamesMixin
 from unigen.utils.option_types import MAX_TEXT_LENGTH
 
 MAX_CHOICES = 16
@@ -117,7 +118,7 @@ else:
     EditFields = derive_fields("EditFields", groups_for(collect(), "edit"))
 
 
-class GenerationFields(DrawingFields):
+class GenerationFields(DrawingFields, OldNamesMixin):
     """How an answer is generated: the options of all engines. None is the model's default."""
 
     seed: int | None = option_field(RequestOptions, "seed")
@@ -125,19 +126,6 @@ class GenerationFields(DrawingFields):
     candidates: int = option_field(AnswerCount, "candidates", 1)
     stream: bool = False
     partial_images: int = option_field(Previews, "previews", 0)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read_old_names(cls, data: object) -> object:
-        """Rename options that have their names of version 0.1."""
-        if not isinstance(data, dict):
-            return data
-        for old, new in RENAMED.items():
-            if data.get(old) is not None and new in cls.model_fields:
-                if data.get(new) is not None:
-                    raise ValueError(f"{old} is called {new} now: give one")
-                data = {name: value for name, value in data.items() if name != old} | {new: data[old]}
-        return data
 
     @model_validator(mode="after")
     def _check_counts(self) -> Self:

@@ -93,7 +93,7 @@ class Server:
 
     async def chat(self, request: Request, body: protocol.ChatRequest) -> Response | JSONObject:
         """Text and images in, text and images out; docs/serving.md describes the format of the answer."""
-        self._check_model(body.model)
+        self._check_request(request, body, body.model)
         document = await cancel_on_disconnect(request, self._build_document(request, body))
         self._log_prompt(request, document)
         output = self._choose_output(body.modalities, document)
@@ -122,7 +122,7 @@ class Server:
 
     async def responses(self, request: Request, body: ResponsesRequest) -> object:
         """A conversation as items in order, as in OpenAI's responses API."""
-        self._check_model(body.model)
+        self._check_request(request, body, body.model)
         document = await cancel_on_disconnect(request, self._build_document(request, body, "input"))
         self._log_prompt(request, document)
         supported_outputs = self.engine.info.get("outputs", ())
@@ -216,7 +216,7 @@ class Server:
         body, image, mask = await self.image_loader.parse_form(request, protocol.VariationRequest)
         if mask is not None:
             raise HTTPError(400, "a variation takes no mask: see /v1/images/edits", param="mask")
-        self._check_model(body.model)
+        self._check_request(request, body, body.model)
         question = Job(Document.of([image, "describe this picture"]), "text")
         (answer,) = await cancel_on_disconnect(request, self._collect([question]))
         caption = str(answer.parts[0]) if answer.parts else "a picture"
@@ -227,7 +227,7 @@ class Server:
         self, request: Request, body: protocol.ImagesRequest, event_prefix: str, job: Job
     ) -> Response | JSONObject:
         """Answer with n images, whole or streamed; event_prefix: of the names of the stream's events."""
-        self._check_model(body.model)
+        self._check_request(request, body, body.model)
         store = self.image_store if body.response_format == "url" else None
         if body.response_format == "url" and store is None:
             message = "this server keeps no pictures (--images-folder): ask for b64_json"
@@ -345,6 +345,11 @@ class Server:
             async for i, event in events:
                 answers[i].add_event(event)
         return answers
+
+    def _check_request(self, request: Request, body: protocol.GenerationFields, model: str | None) -> None:
+        """Check the model's name, and note for the response's headers whether the request has old names."""
+        request.scope["state"]["old_names"] = body.uses_old_names
+        self._check_model(model)
 
     def _check_model(self, name: str | None) -> None:
         served_name = self.config.model_name
