@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from unigen.samplers.seeds import offset_seed
 
     if args.prompt is None and args.label is None:
-        raise ValueError("say what to draw: in words, or by --class for a model that draws classes")
+        raise ValueError("say what to draw: in words, or by --class for a class-conditional model")
     if args.prompt is not None and args.label is not None:
         raise ValueError("both words and --class are given: a model draws one or the other, so leave one out")
     count = args.n or 1

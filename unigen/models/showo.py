@@ -164,8 +164,8 @@ class ShowoTemplate(PretrainedTemplate):
         """Lay out a document up to where the model goes on; see `Template.prompt`.
 
         Raises:
-            UnsupportedError: a picture of more than words, or an answer to other than one question about one
-                picture, is asked for.
+            UnsupportedError: the request is an image from more than text, or an answer to other than one question
+                about one image.
         """
         if output == "image":
             return self._image_prompt(document.segments, bool(branch))

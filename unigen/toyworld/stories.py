@@ -161,7 +161,7 @@ class Story:
     """An illustrated story."""
 
     request: str
-    """What was asked for."""
+    """Text of the request."""
     characters: tuple[Character, ...]
     """One or two."""
     references: tuple[Scene, ...]

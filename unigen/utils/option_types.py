@@ -122,7 +122,7 @@ class FloatRange(OptionType):
 
 @dataclass(frozen=True)
 class Name(OptionType):
-    """A name, of those that `choices` lists where it is given. They are looked up when they are asked for."""
+    """A name, of those that `choices` lists where it is given. They are looked up at each use."""
 
     choices: Callable[[], Iterable[str]] | None = None
     title: str = ""

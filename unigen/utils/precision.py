@@ -1,6 +1,6 @@
 """In what precision and where a model is held: the arguments of every command that loads one, and what they mean.
 
-It does not depend on models. Importing it costs milliseconds: torch is imported where a device is asked for.
+It does not depend on models. Importing it costs milliseconds: torch is imported where a device is requested.
 """
 
 from __future__ import annotations

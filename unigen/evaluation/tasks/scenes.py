@@ -344,7 +344,7 @@ class _Comparison:
 
     Args:
         task: scores images.
-        run: says which of the baselines are asked for.
+        run: its arguments select the baselines.
     """
 
     def __init__(self, task: ScenesTask, run: EvaluationRun) -> None:
@@ -375,7 +375,7 @@ class _Comparison:
         return self._summarize([row[0] for row in (true or images)])
 
     def _make_renderer(self) -> SceneRenderer | None:
-        """What draws true images, where it is needed and there is a font. ValueError where it was asked for."""
+        """Renderer of true images, None where none is needed or no font is there. ValueError where it is required."""
         if not set(self.names) & {"oracle", "reconstructions", "nearest"}:
             return None
         try:
