@@ -14,7 +14,7 @@ STEPS = IntRange(1, 1_000)
 class PipelineOptions(OptionGroup):
     """How a pipeline draws, beside what others take too."""
 
-    steps: int = option(20, "in how many steps, where the generator can choose", STEPS)
+    steps: int = option(20, "number of sampling steps, where the generator can choose", STEPS)
     "Evaluations of the network; the pipeline's own default where nothing is asked for."
 
 

@@ -160,7 +160,11 @@ def model_arguments(parser: argparse.ArgumentParser) -> None:
         help="what runs the language model (default: %(default)s)",
     )
     group.add_argument(
-        "--vllm", type=parse_setting, action="append", metavar="NAME=VALUE", help="of vLLM's engine; may be repeated"
+        "--vllm",
+        type=parse_setting,
+        action="append",
+        metavar="NAME=VALUE",
+        help="argument of vLLM's engine; may be repeated",
     )
     group.add_argument(
         "--connector",

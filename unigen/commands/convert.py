@@ -10,7 +10,9 @@ HELP = "convert a public checkpoint to our layout, back, or for vLLM"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `unigen convert`."""
     parser.add_argument("source", metavar="MODEL", help="a name, a folder, or owner/name on the hub")
-    parser.add_argument("-o", "--output", required=True, metavar="FOLDER", help="what it holds is replaced")
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="FOLDER", help="where to write; what it holds is replaced"
+    )
     layouts = ["unigen", "public", "vllm"]
     parser.add_argument("--to", choices=layouts, default="unigen", help="layout (default: %(default)s)")
 

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--output", default="out.png", help="the picture, - is a PNG on stdout (default: %(default)s)"
     )
-    parser.add_argument("--grid", action="store_true", help="all of them in one picture")
+    parser.add_argument("--grid", action="store_true", help="save all pictures as one grid")
     sampling_arguments(parser, "image", skip=())
     model_arguments(parser)
 

@@ -21,31 +21,41 @@ HELP = "serve text and pictures by the OpenAI API"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `unigen serve`."""
     parser.add_argument(
-        "--host", type=non_empty, default="127.0.0.1", help="0.0.0.0 is everyone (default: %(default)s)"
+        "--host",
+        type=non_empty,
+        default="127.0.0.1",
+        help="address to listen on; 0.0.0.0 is all interfaces (default: %(default)s)",
     )
     parser.add_argument("--port", type=int_range(1, 65_535), default=8000, help="(default: %(default)s)")
-    parser.add_argument("--name", type=non_empty, help="of the model in requests (default: as --model)")
+    parser.add_argument("--name", type=non_empty, help="name of the model in requests (default: as --model)")
     group = parser.add_argument_group("limits")
     group.add_argument(
         "--slots", type=int_range(1), default=32, help="sequences generated at a time (default: %(default)s)"
     )
     group.add_argument(
-        "--queue", type=int_range(1), default=128, help="answers that run and wait (default: %(default)s)"
+        "--queue", type=int_range(1), default=128, help="answers that run or wait, at most (default: %(default)s)"
     )
     group.add_argument(
-        "--timeout", type=float_range(0, open_low=True), default=300.0, help="seconds (default: %(default)g)"
+        "--timeout",
+        type=float_range(0, open_low=True),
+        default=300.0,
+        help="seconds an answer may take (default: %(default)g)",
     )
     group.add_argument(
-        "--max-body", type=int_range(1), default=32, metavar="MB", help="of a request (default: %(default)s)"
+        "--max-body",
+        type=int_range(1),
+        default=32,
+        metavar="MB",
+        help="size of a request, at most (default: %(default)s)",
     )
-    group.add_argument("--rate", type=int_range(0), default=0, help="requests a minute of each client; 0 is any")
+    group.add_argument("--rate", type=int_range(0), default=0, help="requests per minute and client; 0 is no limit")
     group = parser.add_argument_group("faults")
     group.add_argument(
         "--heartbeat-timeout",
         type=float_range(3),
         default=30.0,
         metavar="S",
-        help="start the model again when it has not reported for so many seconds (default: %(default)g)",
+        help="restart the model after so many seconds without a heartbeat (default: %(default)g)",
     )
     group.add_argument(
         "--restart-timeout",
@@ -55,21 +65,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="/health fails when the model has been away for so many seconds (default: %(default)g)",
     )
     group = parser.add_argument_group("access")
-    group.add_argument("--api-key", action="append", default=[], help="may be repeated; also from UNIGEN_API_KEY")
+    group.add_argument(
+        "--api-key",
+        action="append",
+        default=[],
+        help="key that clients send; may be repeated; also from UNIGEN_API_KEY",
+    )
     group.add_argument(
         "--allow-host",
         action="append",
         default=[],
         metavar="NAME",
-        help="of this server, asked without a key; may be repeated; * is any (default: localhost, --host, addresses)",
+        help="host name of this server, checked where there is no key; may be repeated; * is any"
+        " (default: localhost, --host, addresses)",
     )
-    group.add_argument("--allow-origin", action="append", default=[], help="of pages in a browser; may be repeated")
+    group.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        help="origin of pages that may call the server (CORS); may be repeated",
+    )
     group.add_argument(
         "--trusted-proxy",
         action="append",
         default=[],
         metavar="ADDRESS",
-        help="whose X-Forwarded-For names the client, an address or a network; may be repeated (default: none)",
+        help="proxy whose X-Forwarded-For is trusted, an address or a network; may be repeated (default: none)",
     )
     group.add_argument("--allow-fetch", action="store_true", help="read pictures from public http(s) addresses")
     group.add_argument(

@@ -14,7 +14,7 @@ from unigen.utils.option_types import IntRange, Name
 class FlowOptions(OptionGroup):
     """How a flow is followed from noise to data."""
 
-    steps: int = option(20, "in how many steps, where the generator can choose", IntRange(1, MAX_STEPS))
+    steps: int = option(20, "number of sampling steps, where the generator can choose", IntRange(1, MAX_STEPS))
     "Steps of the solver."
     solver: str = option("euler", "of a flow: {choices}", Name(lambda: SOLVERS))
     "Name of the solver (`unigen.diffusion.solvers`)."

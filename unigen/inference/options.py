@@ -25,7 +25,11 @@ class AnswerCount(OptionGroup):
     n: int = option(1, "how many: out-0.png, out-1.png, ...", COUNT, cli="-n", served=IntRange(1, 16), reported=False)
     "Answers, with seeds seed, seed + 1, .."
     candidates: int = option(
-        1, "draw so many for each, and keep the one that reads best", CANDIDATES, served=IntRange(1, 8), reported=False
+        1,
+        "candidates for each answer, of which the best-scoring one is kept",
+        CANDIDATES,
+        served=IntRange(1, 8),
+        reported=False,
     )
     "Answers of which each is the best."
 
@@ -80,7 +84,7 @@ class PromptOptions(OptionGroup):
 
     negative_prompt: str = option(
         "",
-        "of a diffusers pipeline: what pictures are not to show",
+        "of a diffusers pipeline: what pictures should not show",
         Text(),
         cli="--negative",
         metavar="WORDS",

@@ -75,6 +75,6 @@ class TextSampling(OptionGroup):
     top_p: float = option(1.0, TOP_P_HELP, TOP_P, off=1)
     "Probability that these ids have together at least; 1 is off."
     repetition_penalty: float = option(
-        1.0, "makes words that stand there already less likely; 1 is off", REPETITION_PENALTY, http=""
+        1.0, "makes tokens that already occur less likely; 1 is off", REPETITION_PENALTY, http=""
     )
     "By which positive logits of ids that stand there already are divided; 1 is off."

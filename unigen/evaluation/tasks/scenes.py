@@ -157,7 +157,9 @@ class ScenesTask(GenerationTask[Image.Image]):
         """See `EvaluationTask.add_arguments`: sizes, candidates, and which baselines are wanted."""
         add_size_arguments(parser)
         parser.add_argument(
-            "--candidates", type=CANDIDATES.parse, help="generate so many for each, keep the best by its own reading"
+            "--candidates",
+            type=CANDIDATES.parse,
+            help="candidates for each picture, of which the best-scoring one is kept",
         )
         group = parser.add_argument_group("baselines (without any of these flags: the model and all baselines)")
         group.add_argument("--oracle", action="store_true", help="only true pictures of the prompts; needs no model")

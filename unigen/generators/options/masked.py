@@ -12,5 +12,5 @@ from unigen.utils.option_types import IntRange
 class MaskedOptions(OptionGroup):
     """How the codes of a picture are unmasked."""
 
-    steps: int = option(12, "in how many steps, where the generator can choose", IntRange(1, 1_000))
+    steps: int = option(12, "number of sampling steps, where the generator can choose", IntRange(1, 1_000))
     "Passes; in each the surest codes are written."
