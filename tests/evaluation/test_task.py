@@ -201,6 +201,16 @@ def test_a_task_without_a_summary_has_the_mean_of_each_tag(
     assert "correct                  0.750 [0.500, 1.000]" in capsys.readouterr().out
 
 
+def test_a_control_needs_no_engine(
+    count_task: EchoEngine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = sys.modules["unigen.evaluation.tasks.count"].CountTask
+    monkeypatch.setattr(task, "control_outputs", lambda self, run, examples: [["true"] for _ in examples])
+    assert main(["eval", "count", "--json", str(tmp_path / "r.json")]) == 0
+    assert capsys.readouterr().out == "[['true'], ['true'], ['true']]\n" and count_task.sizes == []
+    assert json.loads((tmp_path / "r.json").read_text())["model"] == "none"
+
+
 def test_a_task_that_measures_a_model_refuses_other_engines(
     count_task: EchoEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

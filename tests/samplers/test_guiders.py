@@ -58,9 +58,9 @@ def test_cfg_zero() -> None:
 
 
 def test_bad_guidance_is_refused() -> None:
-    with pytest.raises(ValueError, match="unknown guider 'cgf': one of cfg, rescale, apg, cfg-zero"):
+    with pytest.raises(ValueError, match=f"unknown guider 'cgf': one of {', '.join(GUIDERS)}"):
         Guidance((3.0,), "cgf")
-    with pytest.raises(ValueError, match="guidance of kind apg has two branches: give one scale"):
+    with pytest.raises(ValueError, match="the guider apg combines two branches: give one scale"):
         Guidance((3.0, 2.0), "apg")
     with pytest.raises(ValueError, match="now called guider"):
         Guidance((3.0,), kind="apg")

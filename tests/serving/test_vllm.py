@@ -439,7 +439,7 @@ def test_request_without_segment_is_rejected(engine: Any, harm: dict[str, Any]) 
         engine.llm.add_request(
             "x", {"prompt_token_ids": [1, 2]}, SamplingParams(temperature=0, extra_args={EXTRA_ARGS_KEY: said | harm})
         )
-    with pytest.raises(VLLMValidationError, match="sampling options of its own"):
+    with pytest.raises(VLLMValidationError, match="sampled by its own options"):
         engine.llm.add_request(
             "x", {"prompt_token_ids": [1, 2]}, SamplingParams(temperature=1, extra_args={EXTRA_ARGS_KEY: said})
         )

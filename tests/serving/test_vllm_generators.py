@@ -102,9 +102,11 @@ def test_stories(generator: str, guidance: float, engine: Any, local: Any) -> No
 def test_control_of_stories(engine: Any, local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The local model's images without the context that vLLM has read."""
     wanted = answers(local, stories("masked"))
-    send = type(engine).send
+    submit = type(engine).submit_segment
     monkeypatch.setattr(
-        type(engine), "send", lambda self, row, before: send(self, row, before if is_vllm_segment(row) else before[:1])
+        type(engine),
+        "submit_segment",
+        lambda self, row, before: submit(self, row, before if is_vllm_segment(row) else before[:1]),
     )
     assert answers(engine, stories("masked")) != wanted
 
@@ -170,7 +172,7 @@ def test_stream_closed_within_an_image_leaves_nothing_behind(engine: Any) -> Non
     running = engine.new_scheduler()
     options, *_ = stories("masked")
     number = running.add_request(engine.build_request(**options))
-    while running._submitted_segments[number].names:
+    while running._submitted[number].request_ids:
         running.step()
     running.step()
     assert number in running and running.cache.num_used == 2 and running.num_cached_tokens > 0

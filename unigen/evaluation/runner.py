@@ -80,6 +80,11 @@ class EvaluationRun:
         return engine
 
     @property
+    def uses_engine(self) -> bool:
+        """Whether the engine has been loaded."""
+        return "engine" in vars(self)
+
+    @property
     def local_model(self) -> UnifiedModel | None:
         """The model whose parts are here; None of a pipeline and of composed models."""
         return self.engine.local_model
@@ -211,10 +216,14 @@ class GenerationTask(EvaluationTask, Generic[OutputT]):
     def run(self, run: EvaluationRun) -> Report:
         """Generate, score, write the outputs where --out says, and summarize."""
         examples = self.examples()
-        outputs = self.generate_all(run, examples)
+        outputs = self.control_outputs(run, examples) or self.generate_all(run, examples)
         scores = score_all(self, examples, outputs)
         run.write_outputs(examples, outputs, scores)
         return self.summarize(run, examples, outputs, scores)
+
+    def control_outputs(self, run: EvaluationRun, examples: Sequence[Example]) -> list[list[OutputT]] | None:
+        """The outputs of a control, such as true images, where a flag of the task asks for one; None: the engine's."""
+        return None
 
     def generate_all(self, run: EvaluationRun, examples: Sequence[Example]) -> list[list[OutputT]]:
         """The outputs of all examples; those with the same options are generated together."""
@@ -382,7 +391,7 @@ def run_task(
         write_report(
             args.json,
             command=command,
-            model=report.model or run.model_name,
+            model=report.model or (run.model_name if run.uses_engine else "none"),
             overall=report.overall,
             tasks=report.tasks,
             rows=report.rows,

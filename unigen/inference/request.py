@@ -296,7 +296,7 @@ def resolve_guidance(model: UnifiedModel, generator: str, given: Given, options:
     if "guider" in given:
         guidance = replace(guidance, guider=options[FlowOptions].guider)
     if FlowOptions not in options and guidance != Guidance(guidance.scales):
-        raise ValueError(f"{generator} does not take a kind or an interval of guidance: give a scale")
+        raise ValueError(f"{generator} does not take a guider or an interval of guidance: give a scale")
     if len(guidance.scales) != scales:
         count = "one scale" if scales == 1 else f"{scales} scales, or that of the words"
         raise ValueError(f"this model has {scales + 1} branches of guidance: give {count}")

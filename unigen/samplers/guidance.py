@@ -46,7 +46,7 @@ class Guidance:
         if not isinstance(self.scales, (tuple, list)) or not self.scales:
             raise ValueError(f"scales of guidance must be a tuple of numbers, not {shorten(self.scales)}")
         if len(self.scales) != 1 and not GUIDERS[self.guider].combines_chains:
-            raise ValueError(f"guidance of kind {self.guider} has two branches: give one scale")
+            raise ValueError(f"the guider {self.guider} combines two branches: give one scale")
         object.__setattr__(self, "scales", tuple(GUIDANCE_SCALE.check("guidance", scale) for scale in self.scales))
         interval = self.interval
         if not (

@@ -1,4 +1,4 @@
-"""The vocabulary of the rendered world: objects, tints, backgrounds, and the two records `Example` and `Scene`.
+"""The vocabulary of the rendered world: objects, tints, backgrounds, and the records `SceneObject` and `Scene`.
 
 Knows names, glyphs and geometry. Does not depend on: fonts and pixels (`world.py`), how scenes are sampled
 (`scenes.py`), sentences (`language.py`). Needs nothing but the standard library, so that prompts and scenes are made on
