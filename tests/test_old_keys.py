@@ -66,6 +66,12 @@ def test_without_the_table_they_are_unknown(renamed_modules: list[nn.Module], mo
         load_strict(connector, state, "an old file")
 
 
+def test_old_and_new_names_together_are_refused(renamed_modules: list[nn.Module]) -> None:
+    connector = renamed_modules[-1]
+    with pytest.raises(ValueError, match=r"unknown: "):
+        load_strict(connector, connector.state_dict() | old_state(connector), "a mixed file")
+
+
 def test_all_classes_with_old_names_are_tested(renamed_modules: list[nn.Module]) -> None:
     for module in pkgutil.walk_packages(unigen.__path__, "unigen."):
         if "vllm" not in module.name and not module.name.endswith("__main__"):

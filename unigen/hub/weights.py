@@ -281,7 +281,9 @@ def rename_old_keys(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str,
         for old, new in getattr(submodule, "OLD_KEYS", {}).items():
             old_path = prefix + old
             for key in [key for key in renamed if key == old_path or key.startswith(f"{old_path}.")]:
-                renamed[prefix + new + key[len(old_path) :]] = renamed.pop(key)
+                new_key = prefix + new + key[len(old_path) :]
+                if new_key not in renamed:  # of a state with both, the old name stays, and is one too many
+                    renamed[new_key] = renamed.pop(key)
     return renamed
 
 
