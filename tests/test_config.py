@@ -14,8 +14,8 @@ from typing import Literal
 
 import pytest
 
-from unigen import config
 from unigen.config import OptimConfig, RunConfig, apply_overrides, from_dict, rename_stored_keys, renamed_keys, to_dict
+from unigen.utils import files
 from unigen.utils.files import load_json, save_json, write_report
 
 
@@ -128,7 +128,7 @@ def test_json_is_strict_and_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(config.os, "replace", full)
+    monkeypatch.setattr(files.os, "replace", full)
     with pytest.raises(ValueError, match="No space left"):
         save_json(path, {"new": 1})
     assert path.read_text() == before and list(tmp_path.iterdir()) == [path]
