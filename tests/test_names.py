@@ -71,20 +71,6 @@ WORDS = frozenset(
 FOLDERS = ("unigen", "recipes", "data_tools", "scripts")
 
 
-def identifiers(source: str) -> set[str]:
-    """All names that a source defines, reads, or gives by keyword."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
-        match node:
-            case ast.Name(id=name) | ast.arg(arg=name) | ast.Attribute(attr=name) | ast.alias(name=name):
-                found.add(name)
-            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
-                found.add(name)
-            case ast.keyword(arg=str(name)):
-                found.add(name)
-    return found
-
-
 def bound_names(source: str) -> set[str]:
     """The names that a source defines: of variables, parameters, fields, functions, classes and aliases."""
     found: set[str] = set()
@@ -95,6 +81,16 @@ def bound_names(source: str) -> set[str]:
             case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
                 found.add(name)
             case ast.alias(asname=str(name)):
+                found.add(name)
+    return found
+
+
+def identifiers(source: str) -> set[str]:
+    """All names that a source defines, reads, imports, or gives by keyword."""
+    found = bound_names(source)
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Name(id=name) | ast.Attribute(attr=name) | ast.alias(name=name) | ast.keyword(arg=str(name)):
                 found.add(name)
     return found
 

@@ -173,7 +173,9 @@ def test_a_folder_of_format_1_is_saved_in_format_2(tmp_path: Path) -> None:
 
 def test_a_folder_of_a_later_format_is_refused(tmp_path: Path) -> None:
     (tmp_path / "unigen.json").write_text('{"format": 3, "family": "tiny"}')
-    with pytest.raises(ValueError, match=r"unigen.json is of format 3, which this version of unigen does not read"):
+    with pytest.raises(
+        ValueError, match=r"unigen.json is of format 3, which this version of unigen does not read: install a later one"
+    ):
         unigen.load(str(tmp_path), device="cpu")
 
 

@@ -79,5 +79,5 @@ def test_what_cannot_be_scored(engine: Any) -> None:
         with pytest.raises(ValueError, match=reason):
             engine.score([document])
     engine.processor.chat_template = "{{ messages | length }}" + engine.processor.chat_template
-    with pytest.raises(ValueError, match="writes an answer in another way than its prompt"):
+    with pytest.raises(ValueError, match="does not continue its prompt with the answer"):
         engine.score([conversation("a red dog", " a hill")])

@@ -271,7 +271,7 @@ def test_chat_previews_on_request(tiny_server: Any) -> None:
     body: dict[str, Any] = {"generator": "masked", "max_images": 2}
     prompt = chat_text("a story about a witch and her raven")
 
-    def told(**more: Any) -> list[Any]:
+    def stream_parts(**more: Any) -> list[Any]:
         stream = tiny_server.client().chat.completions.create(
             model=MODEL, messages=prompt, seed=1, stream=True, extra_body=body | more
         )
@@ -283,7 +283,7 @@ def test_chat_previews_on_request(tiny_server: Any) -> None:
             parts[-1] += delta.content or ""
         return parts
 
-    plain, shown = told(), told(partial_images=2)
+    plain, shown = stream_parts(), stream_parts(partial_images=2)
     assert [part[:2] for part in plain[1::2]] == [(0, False), (1, False)]
     images = shown[1::2]
     assert [part[:2] for part in images] == [(i, partial) for i in range(2) for partial in (True, True, False)]

@@ -204,28 +204,15 @@ class TransformersEngine(BaseEngine):
         return states_SD
 
     def score(self, documents: Sequence[Document], *, per_token: bool = False) -> list[Score]:
-        """See `InferenceEngine.score`. The end of a turn is one of the scored ids.
-
-        Each turn of the assistant is scored after what stands before it, as it would have been generated.
-
-        Args:
-            documents: each with at least one text of the assistant.
-            per_token: whether to return the log-probability of each id.
-
-        Returns:
-            One score for each document.
-
-        Raises:
-            ValueError: in one line, for a document that the model cannot read, and for chat templates in which a prompt
-                is not the beginning of the prompt and its answer.
-        """
+        """See `InferenceEngine.score`. Each turn of the assistant is scored after what stands before it, as it would be
+        generated; the id that ends the turn is scored, too."""
         return [self._score(Document.of(document), per_token) for document in documents]
 
     @torch.inference_mode()
     def _score(self, document: Document, per_token: bool) -> Score:
         answers = [segment for segment in document.segments if segment.role == "assistant"]
         if not answers:
-            raise ValueError("the assistant says nothing in this document: there is nothing to score")
+            raise ValueError("this document has no text or image of the assistant: there is nothing to score")
         if any(segment.image is not None for segment in answers):
             raise UnsupportedError("this model scores text alone: leave the assistant's pictures out")
         if document.segments[0].role == "assistant":
@@ -247,7 +234,9 @@ class TransformersEngine(BaseEngine):
         ids_L, start = inputs["input_ids"][0], len(prompt_ids)
         ids, end_ids = ids_L.tolist(), self._end_ids()
         if ids[:start] != prompt_ids:
-            raise UnsupportedError("the chat template of this model writes an answer in another way than its prompt")
+            raise UnsupportedError(
+                "this chat template does not continue its prompt with the answer: score with a template that does"
+            )
         stop = next((index + 1 for index in range(start, len(ids)) if ids[index] in end_ids), len(ids))
         logits_TV = self.model(**inputs, use_cache=False).logits[0, start - 1 : stop - 1].float()
         if not bool(logits_TV.isfinite().all()):

@@ -321,7 +321,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     manifest = read_json(folder / MANIFEST)
     version = manifest.get("format", 1)
     if version not in range(1, MANIFEST_FORMAT + 1):
-        raise ValueError(f"{folder / MANIFEST} is of format {version!r}, which this version of unigen does not read")
+        reason = f"is of format {version!r}, which this version of unigen does not read"
+        raise ValueError(f"{folder / MANIFEST} {reason}: install a later one")
     if "begins" in manifest:
         manifest["begin_tokens"] = manifest.pop("begins")
     if isinstance(sampling := manifest.get("sampling"), dict):
