@@ -224,12 +224,10 @@ class ChatDocumentSampler:
         )
         if kind == "draw" and self.self_distill and rng.random() < self.self_distill_share:
             document = self.self_distill(rng)
-        uncond_prob = (
-            0.5 if generator in self.template.text_lengths else self.uncond_prob
-        )  # whose span has the words, too
-        tokens = self.template.encode(
-            document, uncond=generates_image and rng.random() < uncond_prob, generator=generator
-        )
+        # a generator of text and image has the words in its own positions, too
+        uncond_prob = 0.5 if generator in self.template.text_lengths else self.uncond_prob
+        uncond = generates_image and rng.random() < uncond_prob
+        tokens = self.template.encode(document, uncond=uncond, generator=generator)
         for start, stop in tokens.spans if self.loss_on_user_images else ():
             tokens.loss[start:stop] = [True] * (stop - start)
         return tokens

@@ -248,10 +248,8 @@ class Compiled:
     def __call__(self) -> Any:
         reference_model = [block.forward for block in self.net.blocks]
         if not self.is_compiled:
-            self.compiled, self.is_compiled = (
-                [torch.compile(forward, dynamic=True) for forward in reference_model],
-                True,
-            )
+            self.compiled = [torch.compile(forward, dynamic=True) for forward in reference_model]
+            self.is_compiled = True
         for block, forward in zip(self.net.blocks, self.compiled, strict=True):
             block.forward = forward
         try:

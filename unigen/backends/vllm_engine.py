@@ -368,9 +368,8 @@ class VllmScheduler(Scheduler):
         is_guided = request.output != "text" and self.model.generators[request.generator].is_causal
         branches = request.guidance.num_branches if is_guided else 1
         if branches > engine.max_num_seqs:
-            raise ValueError(
-                f"guidance takes {branches} sequences, vLLM runs {engine.max_num_seqs}: raise max_num_seqs"
-            )
+            most = engine.max_num_seqs
+            raise ValueError(f"guidance takes {branches} sequences, vLLM runs {most}: raise max_num_seqs")
         if request.output == "interleaved":
             lengths = [self.model.max_length] * branches
         else:

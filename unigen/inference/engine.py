@@ -183,9 +183,8 @@ class Engine(BaseEngine):
         if question is not None and not check_text("the question", question).strip():
             raise ValueError("the question is empty: ask something, or leave it out for a caption")
         use_candidates = question is None and self.can_rerank
-        call_options: dict[str, Any] = {
-            "candidates": self.model.template.num_candidates if use_candidates else 1
-        } | options
+        num_candidates = self.model.template.num_candidates if use_candidates else 1
+        call_options: dict[str, Any] = {"candidates": num_candidates} | options
         prompt: Prompt = [_as_image(image), as_text(question or CAPTION_PROMPT)]
         return self.generate(prompt, "text", seed=seed, **call_options)
 
