@@ -235,7 +235,10 @@ def test_pictures_given_and_made_stand_in_one_chat(engine: Engine) -> None:
         (lambda e: e.generate("a", generator="masked", steps=0), "steps must be"),
         (lambda e: e.generate("a", steps=4), "next-token does not take steps"),
         (lambda e: e.generate("a", generator="flow", temperature=0.5), "flow does not take temperature"),
-        (lambda e: e.generate("a", guidance=Guidance((3.0,), "apg")), "next-token does not take a kind"),
+        (
+            lambda e: e.generate("a", guidance=Guidance((3.0,), "apg")),
+            "next-token does not take a guider",
+        ),
         (
             lambda e: e.generate("a", generator="masked", fixed_codes=torch.zeros(3, 3).long()),
             "fixed_codes must be codes",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,11 @@ def run_notebook(notebook: dict[str, Any], folder: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("IPYTHONDIR", str(folder / "ipython"))
     cells = nbformat.reads(json.dumps(notebook), as_version=4)
     resources = {"metadata": {"path": str(folder)}}
-    nbclient.NotebookClient(cells, timeout=240, kernel_name="python3", resources=resources).execute()
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        nbclient.NotebookClient(cells, timeout=240, kernel_name="python3", resources=resources).execute()
+    finally:
+        signal.signal(signal.SIGINT, handler)  # nbclient leaves the default, also where SIGINT was ignored
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
